@@ -1,0 +1,80 @@
+#include "simd/isa.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace flashkern {
+namespace {
+
+bool runs_here(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return true;
+#ifdef FK_BUILD_AVX2
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+#endif
+#ifdef FK_BUILD_AVX512
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    default:
+      return false;
+  }
+}
+
+Isa best_isa() {
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2}) {
+    if (runs_here(isa)) return isa;
+  }
+  return Isa::kPortable;
+}
+
+bool find_isa(const char* name, Isa* found) {
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::strcmp(name, isa_name(isa)) == 0 && runs_here(isa)) {
+      *found = isa;
+      return true;
+    }
+  }
+  return false;
+}
+
+Isa initial_isa() {
+  const char* name = std::getenv("FLASHKERN_CPU_ISA");
+  Isa isa = best_isa();
+  if (name != nullptr && *name != '\0' && !find_isa(name, &isa)) {
+    std::fprintf(stderr, "flashkern: FLASHKERN_CPU_ISA must be an ISA that this CPU runs, got %s\n",
+                 name);
+    std::abort();
+  }
+  return isa;
+}
+
+Isa& current() {
+  static Isa isa = initial_isa();
+  return isa;
+}
+
+}  // namespace
+
+Isa active_isa() { return current(); }
+
+bool set_isa(const char* name) {
+  if (*name == '\0') {
+    current() = best_isa();
+    return true;
+  }
+  return find_isa(name, &current());
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable";
+}
+
+int isa_lanes(Isa isa) { return isa == Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4; }
+
+}  // namespace flashkern

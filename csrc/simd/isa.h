@@ -1,0 +1,48 @@
+// One source, several instruction sets. Every csrc/*/cpu/*.cpp is compiled once for each ISA with
+// FK_ISA set to that ISA's name, puts its code into namespace flashkern::FK_ISA, and is reached
+// through FK_CPU_KERNEL, which declares a kernel for each ISA and a function that calls the active one.
+#pragma once
+
+#include "threads.h"
+
+namespace flashkern {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// The best ISA that this library holds and this CPU runs, or the one that FLASHKERN_CPU_ISA names.
+Isa active_isa();
+
+// Forces an ISA by name ("portable", "avx2", "avx512"; "" goes back to the best one). Returns false
+// where this build or this CPU lacks it.
+bool set_isa(const char* name);
+
+const char* isa_name(Isa isa);
+int isa_lanes(Isa isa);  // floats in a vector
+
+}  // namespace flashkern
+
+#ifdef FK_BUILD_AVX2
+#define FK_IF_AVX2(...) __VA_ARGS__
+#else
+#define FK_IF_AVX2(...)
+#endif
+#ifdef FK_BUILD_AVX512
+#define FK_IF_AVX512(...) __VA_ARGS__
+#else
+#define FK_IF_AVX512(...)
+#endif
+
+#define FK_CPU_KERNEL(name, Params)                                                     \
+  namespace portable {                                                                  \
+  void name(const Params&, const Threads&);                                             \
+  }                                                                                     \
+  FK_IF_AVX2(namespace avx2 { void name(const Params&, const Threads&); })              \
+  FK_IF_AVX512(namespace avx512 { void name(const Params&, const Threads&); })          \
+  inline void name(const Params& params, const Threads& threads) {                      \
+    switch (active_isa()) {                                                             \
+      FK_IF_AVX512(case Isa::kAvx512 : return avx512::name(params, threads);)           \
+      FK_IF_AVX2(case Isa::kAvx2 : return avx2::name(params, threads);)                 \
+      default:                                                                          \
+        return portable::name(params, threads);                                         \
+    }                                                                                   \
+  }

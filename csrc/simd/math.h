@@ -1,0 +1,73 @@
+// exp, exp2 and tanh on vectors. Polynomials are minimax fits of relative error; each function's
+// error bound stands beside it and a test holds it over the whole range.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace flashkern::FK_ISA {
+
+// Nearest integer as a float and as an integer, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer
+// in the low bits of the mantissa.
+struct Rounded {
+  VecF value;
+  VecI integer;
+};
+inline Rounded round_to_int(VecF x) {
+  const VecF shifted = x + 0x1.8p23f;
+  const VecI bits = reinterpret_cast<VecI>(shifted) - 0x4b400000;
+  return {shifted - 0x1.8p23f, bits};
+}
+
+// 2^n for n in [-127, 128]: 0 at -127, infinity at 128.
+inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23); }
+
+// 2^x to 2 ulp; 0 below -126.5, infinity above 127.5, NaN stays.
+inline VecF exp2(VecF x) {
+  const VecF low = broadcast(-127.f), high = broadcast(128.f);
+  x = x < low ? low : x;  // comparisons with NaN are false: NaN passes through
+  x = x > high ? high : x;
+  const Rounded n = round_to_int(x);
+  const VecF f = x - n.value;
+  VecF p = broadcast(1.3264723820611835e-3f);
+  p = fma(p, f, broadcast(9.671512991189957e-3f));
+  p = fma(p, f, broadcast(5.550733581185341e-2f));
+  p = fma(p, f, broadcast(2.4022242426872253e-1f));
+  p = fma(p, f, broadcast(6.931470036506653e-1f));
+  p = fma(p, f, broadcast(1.f));
+  return p * power_of_two(n.integer);
+}
+
+// e^x to 2 ulp: x = n ln2 + r with ln2 in two parts, so large |x| loses nothing.
+inline VecF exp(VecF x) {
+  const VecF low = broadcast(-88.1f), high = broadcast(88.8f);
+  const VecF clamped = x < low ? low : x;
+  x = clamped > high ? high : clamped;
+  const Rounded n = round_to_int(x * 1.44269504f);
+  VecF r = fma(n.value, broadcast(-0.693359375f), x);
+  r = fma(n.value, broadcast(2.12194440e-4f), r);
+  VecF p = broadcast(1.3843652559444308e-3f);
+  p = fma(p, r, broadcast(8.37415549904108e-3f));
+  p = fma(p, r, broadcast(4.166800156235695e-2f));
+  p = fma(p, r, broadcast(1.6666431725025177e-1f));
+  p = fma(p, r, broadcast(4.999999403953552e-1f));
+  p = fma(p, r, broadcast(1.f));
+  p = fma(p, r, broadcast(1.f));
+  return p * power_of_two(n.integer);
+}
+
+// tanh to 4 ulp: an odd polynomial near zero, 1 - 2 / (e^2|x| + 1) elsewhere.
+inline VecF tanh(VecF x) {
+  const VecF magnitude = bits_to_float(float_to_bits(x) & 0x7fffffffu);
+  const VecU sign = float_to_bits(x) & 0x80000000u;
+  const VecF big = 1.f - 2.f / (exp(magnitude + magnitude) + 1.f);
+  const VecF z = x * x;
+  VecF p = broadcast(-5.70498872745e-3f);
+  p = fma(p, z, broadcast(2.06390887954e-2f));
+  p = fma(p, z, broadcast(-5.37397155531e-2f));
+  p = fma(p, z, broadcast(1.33314422036e-1f));
+  p = fma(p, z, broadcast(-3.33332819422e-1f));
+  const VecF small = fma(p * z, x, x);
+  return magnitude < 0.625f ? small : bits_to_float(float_to_bits(big) | sign);
+}
+
+}  // namespace flashkern::FK_ISA

@@ -1,0 +1,12 @@
+"""flashkern: flash attention, fused LoRA linear and beam-search top-k for PyTorch.
+
+Each operator is exact and has one definition (:mod:`flashkern.reference`) and several kernels.
+"""
+
+from flashkern._ops import cpu_isa
+from flashkern._version import __version__
+
+__all__ = [
+    "__version__",
+    "cpu_isa",
+]

@@ -1,0 +1,40 @@
+"""Loads the operator library and names the CPU instruction set that its kernels use."""
+
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).parent / "libflashkern.so"
+
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"flashkern: the operator library {_LIBRARY} is missing; install with `pip install .`, or "
+        "build it in place with `make dev`"
+    )
+torch.ops.load_library(str(_LIBRARY))
+
+ops = torch.ops.flashkern
+
+
+def cpu_isa(name: str = "") -> str:
+    """Returns the CPU instruction set in use: ``"portable"``, ``"avx2"`` or ``"avx512"``.
+
+    Args:
+        name: an instruction set to use from now on, or ``"best"`` for the best one that this CPU
+            runs. Empty: changes nothing. The environment variable ``FLASHKERN_CPU_ISA`` sets the
+            first choice.
+
+    Raises:
+        ValueError: this CPU or this build lacks the instruction set.
+
+    Example:
+        >>> import flashkern
+        >>> flashkern.cpu_isa() in ("portable", "avx2", "avx512")
+        True
+    """
+    try:
+        return ops.cpu_isa(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"cpu_isa: name must be an ISA that this CPU and build have, got {name!r}"
+        ) from error

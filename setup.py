@@ -1,0 +1,38 @@
+"""Drives CMake: configure, build with ninja, install into the package. Everything else is in CMakeLists.txt."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def jobs() -> int:
+    """MAX_JOBS, or as many jobs as there are cores and 1.5 GiB of free memory for each."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(free / 1.5)))
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
+        if os.environ.get("FLASHKERN_ISAS"):
+            options.append(f"-DFLASHKERN_ISAS={os.environ['FLASHKERN_ISAS']}")
+        if os.environ.get("FLASHKERN_SANITIZE"):
+            options.append("-DFLASHKERN_SANITIZE=ON")
+        count = jobs()
+        print(f"flashkern: building the CPU operators with {count} jobs", file=sys.stderr)
+        subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options])
+        subprocess.check_call(["cmake", "--build", build, "-j", str(count)])
+        subprocess.check_call(["cmake", "--install", build])
+
+
+setup(ext_modules=[Extension("flashkern._host", sources=[])], cmdclass={"build_ext": CMakeBuild})
