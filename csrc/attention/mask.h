@@ -1,0 +1,85 @@
+// Which keys a query row may see. Everything a mask says without reading a tensor is an interval of
+// keys that moves right, one key for each row; blocks outside are skipped, blocks inside need no test.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention/params.h"
+
+namespace flashkern::attention {
+
+// One sequence of the batch: its lengths, where its packed rows start, and its diagonal.
+struct Sequence {
+  int64_t batch = 0;
+  int64_t q_start = 0, k_start = 0;    // first row in a packed tensor, else 0
+  int64_t q_length = 0, k_length = 0;  // keys from k_length on are not seen
+  int64_t offset = 0;                  // row i meets key i + offset
+};
+
+inline Sequence sequence_of(const Problem& p, int64_t b) {
+  Sequence s{b, 0, 0, p.seq_q, p.seq_k, 0};
+  if (p.cu_seqlens_q != nullptr) {
+    s.q_start = p.cu_seqlens_q[b];
+    s.k_start = p.cu_seqlens_k[b];
+    s.q_length = p.cu_seqlens_q[b + 1] - s.q_start;
+    s.k_length = p.cu_seqlens_k[b + 1] - s.k_start;
+  }
+  const int64_t tensor_keys = s.k_length;
+  if (p.kv_lengths != nullptr) {
+    s.k_length = std::clamp<int64_t>(p.kv_lengths[b], 0, s.k_length);
+  }
+  if (p.alignment != Alignment::kTopLeft) {
+    const bool own = p.alignment == Alignment::kOwnLength;
+    s.offset = (own ? s.k_length : tensor_keys) - s.q_length;
+  }
+  return s;
+}
+
+struct Interval {
+  int64_t begin = 0, end = 0;  // empty where end <= begin
+
+  bool empty() const { return end <= begin; }
+  int64_t size() const { return empty() ? 0 : end - begin; }
+};
+
+// The mask of one sequence. Both ends of keys(i) grow with i, so the first and the last row of a block
+// of rows bound all of it.
+struct Band {
+  int64_t q_length, k_length, offset, left, right;  // left, right: -1 for unbounded
+
+  Band(const Problem& p, const Sequence& s)
+      : q_length(s.q_length),
+        k_length(s.k_length),
+        offset(s.offset),
+        left(p.window_left),
+        right(p.window_right) {}
+
+  int64_t first_key(int64_t row) const {
+    return left < 0 ? 0 : std::clamp<int64_t>(row + offset - left, 0, k_length);
+  }
+  int64_t end_key(int64_t row) const {
+    return right < 0 ? k_length : std::clamp<int64_t>(row + offset + right + 1, 0, k_length);
+  }
+
+  Interval keys(int64_t row) const { return {first_key(row), end_key(row)}; }
+  // Keys that some row of [begin, end) sees, and keys that every one of them sees.
+  Interval some_keys(int64_t begin, int64_t end) const {
+    return {first_key(begin), end_key(end - 1)};
+  }
+  Interval all_keys(int64_t begin, int64_t end) const {
+    return {first_key(end - 1), end_key(begin)};
+  }
+
+  // Rows that see some key of [begin, end).
+  Interval rows(int64_t begin, int64_t end) const {
+    end = std::min(end, k_length);
+    Interval r{0, q_length};
+    if (end <= begin) return {0, 0};
+    if (right >= 0) r.begin = std::clamp<int64_t>(begin - offset - right, 0, q_length);
+    if (left >= 0) r.end = std::clamp<int64_t>(end - offset + left, 0, q_length);
+    return r;
+  }
+};
+
+}  // namespace flashkern::attention

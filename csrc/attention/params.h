@@ -1,0 +1,89 @@
+// What an attention kernel is told: plain structs, filled by csrc/torch/attention*.cpp. Strides count
+// elements; the last dimension of every matrix has stride 1 (bias apart).
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace flashkern::attention {
+
+// A stack of matrices: row r of head h in batch b starts at data + b * batch + h * head + r * row.
+// Packed (varlen) tensors have batch = 0: their rows are counted from cu_seqlens[b]. A paged cache has
+// `batch` = the stride of a page; page_table says which page holds which keys.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+struct Output {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// One number for each row: lse, delta. Rows have stride 1; float32, or float64 beside float64 inputs.
+struct RowValues {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0;
+};
+
+enum class BiasKind { kNone, kBool, kFloat32, kQueryDtype };
+
+struct Bias {
+  BiasKind kind = BiasKind::kNone;
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;  // 0 where the bias is broadcast
+};
+
+// Where the diagonal lies: row i meets key i + o.
+enum class Alignment { kTopLeft = 0, kBottomRight = 1, kOwnLength = 2 };
+
+struct Problem {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, heads = 0, kv_heads = 0;
+  int64_t seq_q = 0, seq_k = 0;  // of the tensors; with cu_seqlens, the greatest of the batch
+  int64_t head_dim = 0, value_dim = 0;
+
+  Matrix query, key, value;
+
+  const int32_t* cu_seqlens_q = nullptr;  // (batch + 1,), both or neither
+  const int32_t* cu_seqlens_k = nullptr;
+  const int32_t* kv_lengths = nullptr;  // (batch,): keys from here on are not seen
+  const int32_t* page_table = nullptr;  // (batch, pages)
+  int64_t page_table_row = 0, page_size = 0;
+
+  Alignment alignment = Alignment::kTopLeft;
+  int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal is window_right = 0
+
+  float scale = 1.f;
+  float softcap = 0.f;  // 0: none
+  Bias bias;
+  const float* alibi_slopes = nullptr;
+  int64_t alibi_batch = 0, alibi_head = 0;
+  const float* sinks = nullptr;         // (heads,), for float32 arithmetic
+  const double* sinks_double = nullptr;  // the same for float64
+
+  float dropout_p = 0.f;
+  uint64_t seed = 0;
+
+  int64_t group() const { return heads / kv_heads; }
+};
+
+struct ForwardParams : Problem {
+  Output output;
+  RowValues lse;
+};
+
+// Keys and values appended to a cache in place, new row t of batch b at cache_lengths[b] + t.
+struct AppendParams {
+  int64_t batch = 0, kv_heads = 0, rows = 0;
+  int64_t key_bytes = 0, value_bytes = 0;  // of one row
+  int64_t element_bytes = 0;               // the unit of the strides
+  Matrix new_key, new_value;
+  Output key_cache, value_cache;
+  const int32_t* cache_lengths = nullptr;
+  const int32_t* page_table = nullptr;
+  int64_t page_table_row = 0, page_size = 0;
+};
+
+}  // namespace flashkern::attention
