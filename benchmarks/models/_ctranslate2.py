@@ -1,9 +1,9 @@
 """Read a CTranslate2 Whisper file (binary version 6) into a transformers state dict.
 
-The file is a flat list of named arrays: a u32 version, the specification's name, then for each variable
-its name (u16 length, NUL-terminated), rank (u8), dimensions (u32 each), a type code (u8) and a byte count (u32)
-before the data. Aliases (tied weights) close the file. Weights are float16 (code 4). Query, key and value
-are stacked in one matrix, as are key and value of cross attention.
+The file is a flat list of named arrays. After a u32 version and the specification's name, each
+variable has its name (u16 length, NUL-terminated), rank (u8), dimensions (u32 each), a type code
+(u8), a byte count (u32) and its data. Aliases (tied weights) close the file. Weights are float16
+(code 4). Query, key and value are stacked in one matrix, as are key and value of cross attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FLOAT16 = 4
 
 
 def variables(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The float16 arrays of the file at `path`, with their names; scalars and settings are left out."""
+    """The float16 arrays of the file at `path` with their names; settings are left out."""
     with path.open("rb") as file:
 
         def number(code: str) -> int:

