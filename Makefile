@@ -1,15 +1,92 @@
 # Two commands do everything on a fresh machine: `make bench` (the main job) and `make test`.
-# Each makes its own environment in .venv and builds; none needs anything installed but Python and g++.
+# Each makes its own environment in .venv and builds; nothing but Python and g++ need be there before.
+#
+#   make bench [PROFILE=quick|full]   builds, measures, writes reports/
+#   make test                         builds, runs every test
+#   make lint, make format            what CI checks of style and types; mends what can be mended
+#   make sanitize                     the operator tests over an ASan + UBSan build
+#   make wheel                        a wheel in dist/
+#   make dev [PYTHON=...]             builds in place without an environment, for work on the kernels
+SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 PROFILE ?= quick
-VENV := .venv
+TORCH ?= torch==2.13.0
+VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
-JOBS := $(shell nproc)
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 2>/dev/null)
+PIP := $(PY) -m pip --quiet --disable-pip-version-check install
+SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
+CPP := git ls-files 'csrc/*.cpp' 'csrc/*.h'
+export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: bench test lint format dev wheel sanitize clean
+.PHONY: bench test lint format sanitize wheel dev clean
 
-dev:  ## build in place with the Python given (default python3), for work on the kernels
-	cmake -G Ninja -S . -B build/dev -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
-	  -DCMAKE_INSTALL_PREFIX=flashkern $(CMAKE_ARGS) > build.log 2>&1 || (cat build.log; exit 1)
-	cmake --build build/dev -j $(JOBS) && cmake --install build/dev > /dev/null
+bench: $(VENV)/bench.stamp $(VENV)/built.stamp
+	$(PY) -m benchmarks run --profile $(PROFILE)
+
+test: $(VENV)/test.stamp $(VENV)/built.stamp
+	$(PY) -m pytest tests
+
+lint: $(VENV)/lint.stamp
+	ruff check .
+	ruff format --check .
+	mypy
+	$(CPP) | xargs clang-format --dry-run -Werror
+	$(PY) tools/house_rules.py
+
+format: $(VENV)/lint.stamp
+	ruff check --fix . ; ruff format .
+	$(CPP) | xargs clang-format -i
+
+# ---- environment: one folder, a stamp for each group of pyproject.toml ----
+
+$(VENV)/base.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" --group build
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/base.stamp
+	$(PIP) --group lint
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/base.stamp
+	$(PIP) --group test
+	$(PIP) --no-deps --group models || echo "flashkern: real models did not install; left out"
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/test.stamp
+	$(PIP) --group bench
+	$(PIP) --group peers || echo "flashkern: beamgrad did not install; its column stays empty"
+	touch $@
+
+# An editable install: the library lies in flashkern/, Python files are used where they are.
+$(VENV)/built.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable . || \
+	  $(PY) -m pip install --verbose --no-build-isolation --no-deps --editable .
+	$(PY) -m flashkern info
+	touch $@
+
+wheel: $(VENV)/base.stamp
+	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+BUILD ?= build/dev
+OUT ?= $(CURDIR)/flashkern
+dev:
+	@cmake -G Ninja -S . -B $(BUILD) -DCMAKE_INSTALL_PREFIX=$(OUT) $(CMAKE_ARGS) \
+	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') > build.log 2>&1 \
+	  || (cat build.log; exit 1)
+	@cmake --build $(BUILD) && cmake --install $(BUILD) > build.log
+
+# The package is copied beside the sanitized library; ASan must be the first library in the process.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/test.stamp
+	$(MAKE) dev PYTHON=$(PY) BUILD=build/asan OUT=$(CURDIR)/$(SANITIZED)/flashkern \
+	  CMAKE_ARGS=-DFLASHKERN_SANITIZE=ON
+	cp -r flashkern/*.py flashkern/compat flashkern/integrations $(SANITIZED)/flashkern/
+	cp -r tests pyproject.toml $(SANITIZED)/
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)" \
+	  $(PY) -m pytest -p no:cacheprovider tests/attention tests/lora tests/beam tests/simd
+
+clean:
+	rm -rf build dist *.egg-info flashkern/*.so build.log

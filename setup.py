@@ -1,4 +1,4 @@
-"""Drives CMake: configure, build with ninja, install into the package. Everything else is in CMakeLists.txt."""
+"""Drives CMake: configure, build with ninja, install. What is built stands in CMakeLists.txt."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-// Every operator's schema, in one table. Read this first: what flashkern gives torch is listed here,
-// the functions that run are declared in csrc/torch/<operator>.h. Autograd, fake kernels, autocast and
-// vmap rules are Python (flashkern/<operator>.py).
+// Every operator's schema, in one table. Read this first: what flashkern gives torch is listed
+// here, the functions that run are declared in csrc/torch/<operator>.h. Autograd, fake kernels,
+// autocast and vmap rules are Python (flashkern/<operator>.py).
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -9,7 +9,8 @@
 
 namespace flashkern {
 
-// Returns the active CPU ISA; a non-empty `name` forces that one first, "best" goes back to the best.
+// Returns the active CPU ISA; a non-empty `name` forces that one first, "best" goes back to the
+// best.
 std::string cpu_isa(std::string name) {
   if (!name.empty()) {
     const bool known = set_isa(name == "best" ? "" : name.c_str());
@@ -20,9 +21,7 @@ std::string cpu_isa(std::string name) {
 
 }  // namespace flashkern
 
-STABLE_TORCH_LIBRARY(flashkern, m) {
-  m.def("cpu_isa(str name=\"\") -> str");
-}
+STABLE_TORCH_LIBRARY(flashkern, m) { m.def("cpu_isa(str name=\"\") -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&flashkern::cpu_isa));

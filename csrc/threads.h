@@ -1,4 +1,5 @@
-// Threads without torch: a kernel gets a way to run tasks in parallel and never asks where it comes from.
+// Threads without torch: a kernel gets a way to run tasks in parallel and never asks where it comes
+// from.
 #pragma once
 
 #include <atomic>
@@ -6,8 +7,8 @@
 
 namespace flashkern {
 
-// `parallel(count, context, body)` must call body(context, t) once for every t in [0, count), in any
-// order, possibly one after the other. csrc/torch/threads.h fills it from torch's own pool.
+// `parallel(count, context, body)` must call body(context, t) once for every t in [0, count), in
+// any order, possibly one after the other. csrc/torch/threads.h fills it from torch's own pool.
 struct Threads {
   using Body = void (*)(void* context, int thread);
 

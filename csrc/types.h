@@ -1,4 +1,5 @@
-// The element types that every kernel knows. bfloat16 and float16 are storage only: arithmetic is float32.
+// The element types that every kernel knows. bfloat16 and float16 are storage only: arithmetic is
+// float32.
 #pragma once
 
 #include <cstdint>

@@ -23,7 +23,10 @@ def check_tensor(op: str, argument: str, value: object) -> None:
 def check_dtype(op: str, argument: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
     """Raises TypeError unless the tensor's dtype is one of ``allowed``."""
     if value.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(
-            f"{op}: {argument} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}"
-        )
+        names = ", ".join(dtype_name(dtype) for dtype in allowed)
+        raise TypeError(f"{op}: {argument} must have dtype {names}, got {dtype_name(value.dtype)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")

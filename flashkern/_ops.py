@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent / "libflashkern.so"
+LIBRARY = Path(__file__).parent / "libflashkern.so"
 
-if not _LIBRARY.exists():
+if not LIBRARY.exists():
     raise ImportError(
-        f"flashkern: the operator library {_LIBRARY} is missing; install with `pip install .`, or "
+        f"flashkern: the operator library {LIBRARY} is missing; install with `pip install .`, or "
         "build it in place with `make dev`"
     )
-torch.ops.load_library(str(_LIBRARY))
+torch.ops.load_library(str(LIBRARY))
 
 ops = torch.ops.flashkern
 

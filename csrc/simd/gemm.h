@@ -1,12 +1,13 @@
 // The micro-GEMM: C (+)= A B on float tiles that lie in L1 or L2.
 //
-//   A[m][k] = a[m * a_row + k * a_col]   any strides: a transposed A costs nothing (it is broadcast)
-//   B[k][n] = b[k * b_row + n]           rows contiguous: a row-major matrix, or a packed panel
-//   C[m][n] = c[m * c_row + n]
+//   A[m][k] = a[m * a_row + k * a_col]   any strides: a transposed A costs nothing (it is
+//   broadcast) B[k][n] = b[k * b_row + n]           rows contiguous: a row-major matrix, or a
+//   packed panel C[m][n] = c[m * c_row + n]
 //
-// Registers hold kRows x kVecs vectors of C: 6 x 2 of 16 (AVX2), 14 x 2 of 32 (AVX-512), 6 x 2 of 16
-// (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does their
-// product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over it.
+// Registers hold kRows x kVecs vectors of C: 6 x 2 of 16 (AVX2), 14 x 2 of 32 (AVX-512), 6 x 2 of
+// 16 (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does
+// their product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over
+// it.
 #pragma once
 
 #include <cstdint>

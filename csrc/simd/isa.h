@@ -1,6 +1,7 @@
 // One source, several instruction sets. Every csrc/*/cpu/*.cpp is compiled once for each ISA with
 // FK_ISA set to that ISA's name, puts its code into namespace flashkern::FK_ISA, and is reached
-// through FK_CPU_KERNEL, which declares a kernel for each ISA and a function that calls the active one.
+// through FK_CPU_KERNEL, which declares a kernel for each ISA and a function that calls the active
+// one.
 #pragma once
 
 #include "threads.h"
@@ -32,17 +33,17 @@ int isa_lanes(Isa isa);  // floats in a vector
 #define FK_IF_AVX512(...)
 #endif
 
-#define FK_CPU_KERNEL(name, Params)                                                     \
-  namespace portable {                                                                  \
-  void name(const Params&, const Threads&);                                             \
-  }                                                                                     \
-  FK_IF_AVX2(namespace avx2 { void name(const Params&, const Threads&); })              \
-  FK_IF_AVX512(namespace avx512 { void name(const Params&, const Threads&); })          \
-  inline void name(const Params& params, const Threads& threads) {                      \
-    switch (active_isa()) {                                                             \
-      FK_IF_AVX512(case Isa::kAvx512 : return avx512::name(params, threads);)           \
-      FK_IF_AVX2(case Isa::kAvx2 : return avx2::name(params, threads);)                 \
-      default:                                                                          \
-        return portable::name(params, threads);                                         \
-    }                                                                                   \
+#define FK_CPU_KERNEL(name, Params)                                            \
+  namespace portable {                                                         \
+  void name(const Params&, const Threads&);                                    \
+  }                                                                            \
+  FK_IF_AVX2(namespace avx2 { void name(const Params&, const Threads&); })     \
+  FK_IF_AVX512(namespace avx512 { void name(const Params&, const Threads&); }) \
+  inline void name(const Params& params, const Threads& threads) {             \
+    switch (active_isa()) {                                                    \
+      FK_IF_AVX512(case Isa::kAvx512 : return avx512::name(params, threads);)  \
+      FK_IF_AVX2(case Isa::kAvx2 : return avx2::name(params, threads);)        \
+      default:                                                                 \
+        return portable::name(params, threads);                                \
+    }                                                                          \
   }

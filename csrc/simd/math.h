@@ -6,8 +6,8 @@
 
 namespace flashkern::FK_ISA {
 
-// Nearest integer as a float and as an integer, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer
-// in the low bits of the mantissa.
+// Nearest integer as a float and as an integer, for |x| < 2^22: adding 1.5 * 2^23 leaves the
+// integer in the low bits of the mantissa.
 struct Rounded {
   VecF value;
   VecI integer;

@@ -55,8 +55,8 @@ inline void philox_block(uint64_t key, uint32_t q, uint32_t c1, uint32_t c2, uin
 
 // Words of columns [begin, begin + n), begin a multiple of 4; `out` has room for n rounded up to a
 // multiple of 4 * kLanes.
-inline void philox_row(uint64_t key, int64_t begin, int64_t n, uint32_t c1, uint32_t c2, uint32_t c3,
-                       uint32_t* out) {
+inline void philox_row(uint64_t key, int64_t begin, int64_t n, uint32_t c1, uint32_t c2,
+                       uint32_t c3, uint32_t* out) {
   for (int64_t j = 0; j < n; j += 4 * kLanes) {
     philox_block(key, static_cast<uint32_t>((begin + j) / 4), c1, c2, c3, out + j);
   }

@@ -1,5 +1,6 @@
-// The CPU vocabulary: a vector of floats as wide as the ISA's registers. GCC's vector extensions give
-// the operators (+ - * / < ? :) on every ISA; intrinsics appear only where the extensions have no word.
+// The CPU vocabulary: a vector of floats as wide as the ISA's registers. GCC's vector extensions
+// give the operators (+ - * / < ? :) on every ISA; intrinsics appear only where the extensions have
+// no word.
 #pragma once
 
 #include <cstdint>
@@ -111,7 +112,8 @@ inline VecF load(const Half* p) {
   const VecU u = __builtin_convertvector(half, VecU);
   const VecU sign = (u & 0x8000u) << 16;
   const VecU magnitude = (u & 0x7fffu) << 13;
-  // Scaling by 2^112 moves the exponent's bias and makes subnormals normal; inf and NaN follow apart.
+  // Scaling by 2^112 moves the exponent's bias and makes subnormals normal; inf and NaN follow
+  // apart.
   const VecF scaled = bits_to_float(magnitude) * 0x1p112f;
   const VecU infinite = magnitude | 0x7f800000u;
   const VecU finite = float_to_bits(scaled);

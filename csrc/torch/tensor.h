@@ -1,4 +1,5 @@
-// What every adapter needs of a stable-ABI tensor. Adapters check, fill params and call; no arithmetic.
+// What every adapter needs of a stable-ABI tensor. Adapters check, fill params and call; no
+// arithmetic.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,0 +1,40 @@
+"""``python -m flashkern info``: what this installation is and what it runs on."""
+
+import argparse
+import sys
+
+import torch
+
+from flashkern import _host, _ops
+from flashkern._version import __version__
+
+
+def info() -> str:
+    """Version, build, CPU instruction set, threads and GPU state, a line each."""
+    best = _ops.cpu_isa()
+    cuda = f"{_host.cuda}"
+    if torch.cuda.is_available():
+        cuda += f"; torch sees {torch.cuda.get_device_name()}"
+    rows = {
+        "flashkern": f"{__version__} (commit {_host.commit}, {_host.compiler})",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "CPU ISA": f"{best} (built for {_host.isas}; FLASHKERN_CPU_ISA forces one)",
+        "CUDA": cuda,
+        "library": str(_ops.LIBRARY),
+    }
+    lines = [f"{name:<10} {value}" for name, value in rows.items()]
+    if best == "portable":
+        lines.append("hint       this CPU has no AVX2: the kernels are right, but not fast")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flashkern", description=__doc__)
+    parser.add_argument("command", choices=["info"])
+    parser.parse_args(arguments)
+    print(info())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
