@@ -1,0 +1,42 @@
+"""Every public docstring's example runs, and so does every script in examples/."""
+
+import doctest
+import importlib
+import pkgutil
+import runpy
+from pathlib import Path
+
+import pytest
+
+import flashkern
+
+ROOT = Path(flashkern.__file__).parent.parent
+OPTIONAL = ("transformers", "peft")
+
+
+def modules() -> list[str]:
+    compiled = ("flashkern.__main__", "flashkern._host", "flashkern.libflashkern")
+    found = pkgutil.walk_packages(flashkern.__path__, "flashkern.")
+    return [module.name for module in found if module.name not in compiled]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_doctests(name: str) -> None:
+    for package in OPTIONAL:
+        if name.endswith(package):
+            pytest.importorskip(package)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_public_functions_have_examples() -> None:
+    for name in flashkern.__all__:
+        value = getattr(flashkern, name)
+        if callable(value):
+            doc = value.__doc__ or ""
+            assert ">>>" in doc, f"flashkern.{name} has no example"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples(script: Path) -> None:
+    runpy.run_path(str(script), run_name="__main__")
