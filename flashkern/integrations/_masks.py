@@ -1,0 +1,224 @@
+"""Attention masks of transformers as descriptions instead of tensors.
+
+transformers hands its mask functions a *recipe* (causal, sliding window, padding, where queries and
+keys begin) and expects a bool tensor (batch, 1, queries, keys). `Mask` is such a tensor to everyone
+who looks, but holds only the recipe: the attention function reads it and passes `causal`,
+`window` and `kv_lengths` on, so that a kernel skips whole blocks and no (queries x keys) memory
+exists. Any tensor operation on it, a slice for instance, turns it into the dense bool tensor
+first: code that knows nothing of this class always sees the right values.
+
+Recipes that are not understood (packed sequences, chunks, a user's own functions) become dense masks
+at once, made by transformers' own `sdpa_mask`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Keys that a query may see by position alone: p - left <= key position <= p + right."""
+
+    left: int | None = None
+    right: int | None = None
+
+    def __and__(self, other: Band) -> Band:
+        def tighter(a: int | None, b: int | None) -> int | None:
+            return b if a is None else a if b is None else min(a, b)
+
+        return Band(tighter(self.left, other.left), tighter(self.right, other.right))
+
+    def allows(self, distance: Tensor) -> Tensor:
+        """True where a key at `distance` = key position - query position may be seen."""
+        keep = torch.ones_like(distance, dtype=torch.bool)
+        if self.left is not None:
+            keep &= distance >= -self.left
+        if self.right is not None:
+            keep &= distance <= self.right
+        return keep
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A mask's meaning: a band of positions, and which keys of each batch row are real.
+
+    q_offset and kv_offset are the positions of the first query and the first key. At most one of
+    `lengths` (batch,) int32, for rows whose padding is all on the right, and `padding`
+    (batch, keys) bool, True = a real key, is set.
+    """
+
+    band: Band
+    q_offset: int
+    kv_offset: int
+    lengths: Tensor | None = None
+    padding: Tensor | None = None
+
+    def real_keys(self, keys: int) -> Tensor | None:
+        """(batch, keys) bool, True = a real key; None when all are."""
+        if self.lengths is not None:
+            return torch.arange(keys, device=self.lengths.device) < self.lengths[:, None]
+        return self.padding
+
+    def dense(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+        """The mask as a bool tensor (batch, 1, queries, keys), True = attend."""
+        q = torch.arange(queries, device=device)[:, None] + self.q_offset
+        k = torch.arange(keys, device=device)[None, :] + self.kv_offset
+        keep = self.band.allows(k - q)
+        real = self.real_keys(keys)
+        if real is not None:
+            return keep & real[:, None, None, :]
+        return keep.expand(batch, 1, queries, keys)
+
+
+class Mask(Tensor):
+    """A bool mask (batch, 1, queries, keys) without storage: see the head of this file."""
+
+    recipe: Recipe
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, recipe: Recipe, batch: int, queries: int, keys: int, device: torch.device | str
+    ) -> Mask:
+        return Tensor._make_wrapper_subclass(
+            cls, (batch, 1, queries, keys), dtype=torch.bool, device=device
+        )
+
+    def __init__(
+        self, recipe: Recipe, batch: int, queries: int, keys: int, device: torch.device | str
+    ) -> None:
+        self.recipe = recipe
+        self._dense = None
+
+    def dense(self) -> Tensor:
+        """The same mask as an ordinary bool tensor; made once."""
+        if self._dense is None:
+            batch, _, queries, keys = self.shape
+            self._dense = self.recipe.dense(batch, queries, keys, self.device)
+        return self._dense
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Mask({tuple(self.shape)}, {self.recipe})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(Mask, Mask.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _code(function: Callable) -> Any:
+    return getattr(function, "__code__", None)
+
+
+# transformers builds each pattern from closures. One made here tells its code object; the numbers are in
+# the closure of the one that a model made.
+_AND = _code(masking_utils.and_masks())
+_LEFT = _code(masking_utils.sliding_window_overlay(1))
+_BOTH = _code(masking_utils.sliding_window_bidirectional_overlay(1))
+
+
+def band_of(function: Callable) -> Band | None:
+    """The band that a mask function of transformers describes, or None when it is anything else."""
+    if function is masking_utils.causal_mask_function:
+        return Band(right=0)
+    if function is masking_utils.bidirectional_mask_function:
+        return Band()
+    code = _code(function)
+    if code not in (_AND, _LEFT, _BOTH) or function.__closure__ is None:
+        return None
+    (value,) = (cell.cell_contents for cell in function.__closure__)
+    if code is _LEFT:  # key > query - window
+        return Band(left=value - 1)
+    if code is _BOTH:
+        return Band(left=value, right=value)
+    band = Band()
+    for part in map(band_of, value):
+        if part is None:
+            return None
+        band = band & part
+    return band
+
+
+def _padding(mask: Tensor | None, keys: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
+    """A 2-D padding mask as (lengths, padding), of which at most one is not None."""
+    if mask is None:
+        return None, None
+    missing = keys + kv_offset - mask.shape[-1]
+    if missing > 0:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    mask = mask[:, kv_offset : kv_offset + keys]
+    lengths = mask.sum(-1, dtype=torch.int32)
+    if bool((lengths == keys).all()):
+        return None, None
+    right_padded = torch.equal(torch.arange(keys, device=mask.device) < lengths[:, None], mask)
+    return (lengths, None) if right_padded else (None, mask)
+
+
+def _without_effect(band: Band, q_offset: int, queries: int, kv_offset: int, keys: int) -> Band:
+    """The band without a side that no pair of query and key reaches."""
+    behind = q_offset + queries - 1 - kv_offset  # how far the first key lies behind the last query
+    ahead = kv_offset + keys - 1 - q_offset
+    left = None if band.left is not None and band.left >= behind else band.left
+    right = None if band.right is not None and band.right >= ahead else band.right
+    return Band(left, right)
+
+
+def build_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    never_none: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """A mask function for transformers' AttentionMaskInterface: None, a `Mask`, or a bool tensor.
+
+    None has transformers' own meaning: causal from the upper left where the layer is causal,
+    everything where it is not. `never_none` asks for a mask in that case too.
+    """
+    skip = kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip")
+    band = band_of(mask_function) if skip else None
+    if never_none:
+        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    # One query needs no band: its dense mask is a row of keys, which compiled decoding also expects.
+    tracing = masking_utils.is_tracing(attention_mask) or masking_utils.is_torchdynamo_exporting()
+    if band is None or q_length == 1 or tracing or kwargs.get("use_vmap", False):
+        return masking_utils.sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **kwargs,
+        )
+    start = int(q_offset)  # a static cache counts in a tensor
+    lengths, padding = _padding(attention_mask, kv_length, kv_offset)
+    effective = _without_effect(band, start, q_length, kv_offset, kv_length)
+    recipe = Recipe(effective, start, kv_offset, lengths, padding)
+    plain = lengths is None and padding is None
+    if plain and not never_none:
+        causal = band.right == 0
+        if causal and effective == Band(right=0) and start == kv_offset:
+            return None
+        if not causal and effective == Band():
+            return None
+    return Mask(recipe, batch_size, q_length, kv_length, device)
