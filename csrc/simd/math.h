@@ -21,7 +21,7 @@ inline Rounded round_to_int(VecF x) {
 // 2^n for n in [-127, 128]: 0 at -127, infinity at 128.
 inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23); }
 
-// 2^x to 2 ulp; 0 below -126.5, infinity above 127.5, NaN stays.
+// 2^x to 2.5 ulp; 0 below -126.5, infinity above 127.5, NaN stays.
 inline VecF exp2(VecF x) {
   const VecF low = broadcast(-127.f), high = broadcast(128.f);
   x = x < low ? low : x;  // comparisons with NaN are false: NaN passes through

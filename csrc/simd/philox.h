@@ -1,7 +1,7 @@
 // The random words of a run of columns, four for each counter (column / 4): word column % 4.
 #pragma once
 
-#include "philox.h"
+#include "dropout.h"
 #include "simd/vec.h"
 
 namespace flashkern::FK_ISA {
