@@ -18,6 +18,8 @@ namespace flashkern::FK_ISA {
 inline constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
+#elif defined(FK_PORTABLE_LANES)  // tests the kernels at another width than the CPU's
+inline constexpr int kLanes = FK_PORTABLE_LANES;
 #else
 inline constexpr int kLanes = 4;
 #endif
