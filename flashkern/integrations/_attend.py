@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,7 +13,40 @@ from flashkern.integrations import _masks
 from flashkern.integrations._padding import pad_head_dim
 
 
-def _masked_bias(bias: Tensor | None, keep: Tensor | None) -> Tensor | None:
+@dataclasses.dataclass
+class _Call:
+    """What a mask means for `flashkern.attention`: keys from `end` on are unused by every query."""
+
+    end: int
+    causal: bool | str = False
+    left: int | None = None
+    right: int | None = None
+    lengths: Tensor | None = None
+    keep: Tensor | None = None  # bool or float, broadcastable to (batch, heads, queries, keys)
+
+
+def _read(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Call:
+    if mask is None:
+        if not causal or queries == 1:
+            return _Call(keys)
+        # transformers aligns to the upper left here: what follows is a static cache's unused room.
+        end = min(queries, keys)
+        return _Call(end, "bottom_right" if end == queries else "top_left")
+    if not isinstance(mask, _masks.Mask):
+        return _Call(keys, keep=mask)
+    recipe, band = mask.recipe, mask.recipe.band
+    shift = recipe.q_offset - recipe.kv_offset  # on the diagonal, query i meets key i + shift
+    call = _Call(keys, False, band.left, band.right, recipe.lengths)
+    if recipe.padding is not None:
+        call.keep = recipe.padding[:, None, None, :]
+    if band.right == 0 and shift >= 0 and shift + queries <= keys:
+        call.end, call.causal, call.right = shift + queries, "bottom_right", None
+    elif band != _masks.Band() and shift != keys - queries:
+        return _Call(keys, keep=mask.dense())  # a diagonal that no argument describes
+    return call
+
+
+def _merged(bias: Tensor | None, keep: Tensor | None) -> Tensor | None:
     """One bias for both: `keep` (bool, True = attend, or float, added) on top of `bias`."""
     if bias is None or keep is None:
         return keep if bias is None else bias
@@ -33,51 +67,35 @@ def attend(
     left_window: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Attention of (batch, heads, sequence, head_dim) tensors under a mask of this module.
+    """Attention of (batch, heads, sequence, head_dim) tensors under a mask of transformers.
 
-    `causal` counts only without a mask and is aligned to the upper left, which is what
-    transformers means by it: keys beyond the last query are unused room in a static cache.
-    `bias` is broadcastable to (batch, heads, queries, keys); `left_window` narrows a mask that
-    already ends at the diagonal to that many keys before it. The result has the query's shape with
-    the value's head_dim.
+    `causal` counts only without a mask and is aligned to the upper left. `bias` is broadcastable
+    to (batch, heads, queries, keys); `left_window` lets a query see no further back than that many
+    keys. The result is (batch, heads, queries, value_head_dim).
     """
-    queries, keys = query.shape[2], key.shape[2]
-    window, lengths, end = (None, None), None, keys
-    if isinstance(mask, _masks.Mask):
-        recipe = mask.recipe
-        shift = recipe.q_offset - recipe.kv_offset  # the diagonal: query i sits at key i + shift
-        band = recipe.band
-        if band.right == 0 and 0 <= shift and shift + queries <= keys:
-            causal, end = True, shift + queries
-        elif shift != keys - queries and band != _masks.Band():
-            mask, band = mask.dense(), _masks.Band()
-        if isinstance(mask, _masks.Mask):
-            window, lengths, mask = (band.left, band.right), recipe.lengths, recipe.padding
-            mask = None if mask is None else mask[:, None, None, :]
-            if causal:
-                window = (band.left, None)
-    elif causal and mask is None and queries > 1:
-        end = min(queries, keys)
-    else:
-        causal = False
+    keys = key.shape[2]
+    call = _read(mask, causal, query.shape[2], keys)
     if left_window is not None:
-        window = (left_window if window[0] is None else min(window[0], left_window), window[1])
-    if end < keys:
-        key, value = key[:, :, :end], value[:, :, :end]
-        mask = None if mask is None else mask[..., :end]
-        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
-        lengths = None if lengths is None else lengths.clamp(max=end)
+        call.left = left_window if call.left is None else min(call.left, left_window)
+    if call.end < keys:
+        key, value = key[:, :, : call.end], value[:, :, : call.end]
+        if call.keep is not None:
+            call.keep = call.keep[..., : call.end]
+        if call.lengths is not None:
+            call.lengths = call.lengths.clamp(max=call.end)
+        if bias is not None and bias.shape[-1] > 1:
+            bias = bias[..., : call.end]
     value_dim = value.shape[-1]
     query, key, value = pad_head_dim(query, key, value)
     out = flashkern.attention(
         query,
         key,
         value,
-        causal="bottom_right" if causal and end >= queries else "top_left" if causal else False,
-        window=None if window == (None, None) else window,
+        causal=call.causal,
+        window=None if call.left is None and call.right is None else (call.left, call.right),
         scale=scale,
-        bias=_masked_bias(bias, mask),
-        kv_lengths=lengths,
+        bias=_merged(bias, call.keep),
+        kv_lengths=call.lengths,
         **options,
     )
     return out[..., :value_dim]

@@ -7,8 +7,8 @@ who looks, but holds only the recipe: the attention function reads it and passes
 exists. Any tensor operation on it, a slice for instance, turns it into the dense bool tensor
 first: code that knows nothing of this class always sees the right values.
 
-Recipes that are not understood (packed sequences, chunks, a user's own functions) become dense masks
-at once, made by transformers' own `sdpa_mask`.
+Recipes that are not understood (packed sequences, chunks, a user's own functions) become dense
+masks at once, made by transformers' own `sdpa_mask`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Mask(Tensor):
         cls, recipe: Recipe, batch: int, queries: int, keys: int, device: torch.device | str
     ) -> Mask:
         return Tensor._make_wrapper_subclass(
-            cls, (batch, 1, queries, keys), dtype=torch.bool, device=device
+            cls, (batch, 1, queries, keys), dtype=torch.bool, device=torch.device(device)
         )
 
     def __init__(
@@ -108,22 +108,22 @@ class Mask(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Mask({tuple(self.shape)}, {self.recipe})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = tree_map_only(Mask, Mask.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _code(function: Callable) -> Any:
+def _code(function: Any) -> Any:
     return getattr(function, "__code__", None)
 
 
-# transformers builds each pattern from closures. One made here tells its code object; the numbers are in
-# the closure of the one that a model made.
+# transformers builds each pattern from closures. One made here tells its code object; the numbers
+# are in the closure of the one that a model made.
 _AND = _code(masking_utils.and_masks())
 _LEFT = _code(masking_utils.sliding_window_overlay(1))
 _BOTH = _code(masking_utils.sliding_window_bidirectional_overlay(1))
@@ -196,14 +196,14 @@ def build_mask(
     band = band_of(mask_function) if skip else None
     if never_none:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    # One query needs no band: its dense mask is a row of keys, which compiled decoding also expects.
+    # One query needs no band: its dense mask is a row of keys, as compiled decoding expects.
     tracing = masking_utils.is_tracing(attention_mask) or masking_utils.is_torchdynamo_exporting()
     if band is None or q_length == 1 or tracing or kwargs.get("use_vmap", False):
         return masking_utils.sdpa_mask(
             batch_size,
             q_length,
             kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,

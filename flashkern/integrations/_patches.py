@@ -1,9 +1,9 @@
 """Models of transformers that compute attention by themselves, switched to flashkern.
 
 BLOOM, MPT, GPT-J, Falcon and GPT-Neo never ask transformers' attention interface. `patch` swaps
-the class of their attention modules for one that inherits everything and computes the attention itself
-by flashkern, and sets the configuration's attn_implementation so that masks come as recipes
-instead of dense float tensors. Parameters, state_dict keys and caches stay as they are.
+the class of their attention modules for one that inherits everything and computes the attention
+itself by flashkern, and sets the configuration's attn_implementation so that masks come as
+recipes instead of dense float tensors. Parameters, state_dict keys and caches stay as they are.
 
 ALiBi comes from these models as a bias per key: it equals the bias by distance up to a constant in
 each row, which a softmax ignores, and it follows the padding. It is passed on as a bias that is
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -33,7 +34,7 @@ NAME = "fkern_patched"
 
 
 @functools.cache
-def computes_attention(config_class: type) -> bool:
+def computes_attention(config_class: Any) -> bool:
     """True when the configuration's model computes attention without transformers' interface."""
     package = config_class.__module__.rpartition(".")[0]
     files = [
@@ -118,7 +119,7 @@ def _bloom(
             self.dense.weight.chunk(self.pretraining_tp, 1),
             strict=True,
         )
-        projected = sum(nn.functional.linear(x, weight) for x, weight in parts)
+        projected = torch.stack([nn.functional.linear(x, w) for x, w in parts]).sum(0)
     else:
         projected = self.dense(out)
     return residual + nn.functional.dropout(projected, self.hidden_dropout, self.training), None
@@ -244,7 +245,8 @@ def patch(model: nn.Module) -> int:
     Example:
         >>> import flashkern.integrations.transformers as fkt
         >>> from transformers import BloomConfig, BloomForCausalLM
-        >>> model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+        >>> config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)
+        >>> model = BloomForCausalLM(config)
         >>> fkt.patch(model)
         2
         >>> fkt.unpatch(model)

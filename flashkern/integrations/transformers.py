@@ -10,8 +10,9 @@
     'fkern'
 
 `enable` registers an attention function and a mask function; both act only on models that ask for
-the name. The name cannot contain "flash": transformers takes any such name for the flash-attn package.
-Models that compute attention by themselves (BLOOM, MPT, GPT-J, Falcon, GPT-Neo) are switched by `patch`.
+the name. It cannot contain "flash": transformers takes any such name for the flash-attn package.
+Models that compute attention by themselves are switched by `patch` (BLOOM, MPT, GPT-J, Falcon,
+GPT-Neo) or refused.
 """
 
 from __future__ import annotations
@@ -131,18 +132,18 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         NotImplementedError: the model computes attention by itself and would misread the mask.
     """
     config = kwargs.get("config")
-    never_none = False
     if config is not None:
         kind = str(getattr(config, "model_type", ""))
         # Gemma 4 drops queries before its last layers, and then relies on the mask's rows.
-        never_none = kind.startswith("gemma4")
+        if kind.startswith("gemma4"):
+            kwargs["never_none"] = True
         if _patches.computes_attention(type(config)):
             raise NotImplementedError(
                 f"transformers: the model must use the attention interface, got {kind!r}, which "
                 f"computes attention by itself: load it with attn_implementation='eager' and call "
                 f"flashkern.integrations.transformers.patch(model)"
             )
-    return _masks.build_mask(*args, never_none=never_none, **kwargs)
+    return _masks.build_mask(*args, **kwargs)
 
 
 def enable() -> str:
@@ -169,7 +170,7 @@ def enable() -> str:
 
 
 def disable() -> None:
-    """Takes the name out again. Models that still ask for it fail with transformers' own message."""
+    """Takes the name out again; models that still ask for it get transformers' own error."""
     for interface in (modeling_utils.AttentionInterface, masking_utils.AttentionMaskInterface):
         interface._global_mapping.pop(NAME, None)
     _log.info("transformers: attn_implementation=%r is gone", NAME)

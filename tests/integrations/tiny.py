@@ -60,9 +60,7 @@ class Tiny:
         config = self.config()
         config._attn_implementation = implementation
         model = self.model(config)
-        with (
-            torch.no_grad()
-        ):  # the default initialisation is so narrow that attention hardly matters
+        with torch.no_grad():  # else attention hardly matters
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(4)
