@@ -93,7 +93,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
 
     Args:
         op: one of flashkern's operators, or its name.
-        *args, **kwargs: the call's arguments, checked as the call itself would; nothing is computed.
+        *args, **kwargs: the call's arguments, checked as the call would; nothing is computed.
 
     Returns:
         A :class:`Plan`; print it.
