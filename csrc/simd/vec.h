@@ -89,6 +89,19 @@ inline bool any(VecI mask) {
 #endif
 }
 
+// One bit for each lane of a mask, lane 0 lowest.
+inline uint32_t bits(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+#endif
+}
+
 // ---- loads: whole vectors, and the first n lanes with zeros behind ----
 
 inline VecF load(const float* p) {
