@@ -6,6 +6,7 @@
 #include <string>
 
 #include "simd/isa.h"
+#include "torch/beam.h"
 
 namespace flashkern {
 
@@ -21,8 +22,17 @@ std::string cpu_isa(std::string name) {
 
 }  // namespace flashkern
 
-STABLE_TORCH_LIBRARY(flashkern, m) { m.def("cpu_isa(str name=\"\") -> str"); }
+STABLE_TORCH_LIBRARY(flashkern, m) {
+  m.def("cpu_isa(str name=\"\") -> str");
+  m.def(
+      "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None) "
+      "-> (Tensor scores, Tensor tokens, Tensor parents, Tensor logsumexp_out)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&flashkern::cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
+  m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk_cpu));
 }

@@ -5,8 +5,12 @@ Each operator is exact and has one definition (:mod:`flashkern.reference`) and s
 
 from flashkern._ops import cpu_isa
 from flashkern._version import __version__
+from flashkern.beam import BeamTopK, beam_topk, merge_topk
 
 __all__ = [
+    "BeamTopK",
     "__version__",
+    "beam_topk",
     "cpu_isa",
+    "merge_topk",
 ]

@@ -1,0 +1,277 @@
+"""Beam-search top-k: log-softmax, beam scores and selection in one read of the logits."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashkern import _ops, reference
+from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+
+
+class BeamTopK(NamedTuple):
+    """What :func:`beam_topk` and :func:`merge_topk` return.
+
+    Attributes:
+        scores: (B, k), descending.
+        tokens: (B, k) int64, the token of each candidate.
+        parents: (B, k) int64, the beam that each candidate continues, from 0 in each row.
+        logsumexp: (B, beams), natural log, of each beam's logits.
+
+    Example:
+        >>> import torch, flashkern as fk
+        >>> best = fk.beam_topk(torch.zeros(1, 2, 3), torch.zeros(1, 2), 2)
+        >>> scores, tokens, parents, logsumexp = best
+        >>> tokens
+        tensor([[0, 1]])
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    parents: Tensor
+    logsumexp: Tensor
+
+
+def beam_topk(
+    logits: Tensor, beam_scores: Tensor, k: int, *, logsumexp: Tensor | None = None
+) -> BeamTopK:
+    """The ``k`` best continuations of each batch row's beams.
+
+    A candidate (beam, token) scores ``log_softmax(logits[beam])[token] + beam_scores[beam]``, in
+    float32 as ``((logit - shift) - log_sum) + beam_score``, where shift is the beam's greatest
+    logit and ``log_sum = log(sum(exp(logits - shift)))``. The logits are read once and neither
+    copied nor converted in memory.
+
+    Order: descending scores; equal ones go to the smaller beam, then to the smaller token. It is
+    the same for every number of threads and, given the same log_sum, for every back end; AVX2 and
+    AVX-512 round log_sum alike, the portable kernel may differ from them in its last bit.
+
+    A logit of -inf scores -inf. It is chosen only when fewer than ``k`` others are left: then in
+    the order of beam and token, with the score -inf. A beam of nothing but -inf has logsumexp -inf.
+    A logit of NaN or +inf makes its beam's logsumexp NaN, as in ``log_softmax``, and with it every
+    score of the beam but those of -inf; NaN ranks above every number, as in ``torch.topk``.
+
+    Args:
+        logits: (B, beams, V), float32, bfloat16, float16, or float64 (plain PyTorch, unhurried).
+            Any strides with a contiguous last dimension are taken as they are; others are copied.
+        beam_scores: (B, beams), float32 (float64 beside float64 logits), the scores so far.
+        k: candidates for each row, 1 to beams * V.
+        logsumexp: (B, beams), like ``beam_scores``: normalises with this instead of the logits'
+            own, for shards of a vocabulary (see :func:`merge_topk`): shift is this, log_sum is 0.
+
+    Returns:
+        A :class:`BeamTopK`. ``scores`` and ``logsumexp`` are differentiable with respect to
+        ``logits``, ``beam_scores`` and a given ``logsumexp``.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype.
+        ValueError: shapes do not fit, or k is out of range.
+        NotImplementedError: a device without a kernel, or beams * V of 2**32 or more.
+
+    Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867);
+    Gaihre et al., Dr. Top-k (arXiv 2109.08219).
+
+    Example:
+        >>> import torch, flashkern as fk
+        >>> logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]])
+        >>> best = fk.beam_topk(logits, torch.tensor([[0.0, -1.0]]), 3)
+        >>> best.tokens.tolist(), best.parents.tolist()
+        ([[1, 0, 2]], [[0, 1, 0]])
+        >>> best.scores.shape
+        torch.Size([1, 3])
+    """
+    _check(logits, beam_scores, k, logsumexp)
+    if logits.dtype == torch.float64:
+        return BeamTopK(*reference.beam_topk(logits, beam_scores, k, logsumexp))
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    given = None if logsumexp is None else logsumexp.contiguous()
+    return BeamTopK(*_ops.ops.beam_topk(logits, beam_scores.contiguous(), k, given))
+
+
+def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None) -> None:
+    op = "beam_topk"
+    check_tensor(op, "logits", logits)
+    check_tensor(op, "beam_scores", beam_scores)
+    check_dtype(op, "logits", logits, FLOATS)
+    check(logits.dim() == 3, op, "logits", "have shape (B, beams, V)", tuple(logits.shape))
+    score_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, value in (("beam_scores", beam_scores), ("logsumexp", logsumexp)):
+        if value is None:
+            continue
+        check_tensor(op, name, value)
+        check_dtype(op, name, value, (score_dtype,))
+        expected = logits.shape[:2]
+        must = f"have the logits' shape (B, beams) = {tuple(expected)}"
+        check(value.shape == expected, op, name, must, tuple(value.shape))
+        same = value.device == logits.device
+        check(same, op, name, f"be on the logits' device {logits.device}", value.device)
+    if logits.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"{op}: logits must be on the CPU, got {logits.device}")
+    candidates = logits.shape[1] * logits.shape[2]
+    check(1 <= k <= candidates, op, "k", f"be between 1 and beams * V = {candidates}", k)
+    if candidates >= 2**32:
+        raise NotImplementedError(f"{op}: beams * V must be below 2**32, got {candidates}")
+
+
+# ---- what torch needs beside the kernel ----
+
+
+@torch.library.register_fake("flashkern::beam_topk")
+def _fake(
+    logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    tokens = beam_scores.new_empty((rows, k), dtype=torch.int64)
+    scores = beam_scores.new_empty((rows, k))
+    return scores, tokens, torch.empty_like(tokens), beam_scores.new_empty(logits.shape[:2])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.given = inputs[3] is not None
+    ctx.save_for_backward(inputs[0], *output)
+
+
+def _backward(
+    ctx: Any, grad_scores: Tensor | None, _tokens: None, _parents: None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, Tensor, None, Tensor | None]:
+    """d score = d logit - d logsumexp + d beam_score; d logsumexp = softmax . d logits."""
+    logits, scores, tokens, parents, lse = ctx.saved_tensors
+    grad_scores = torch.zeros_like(scores) if grad_scores is None else grad_scores
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    grad_scores = grad_scores.masked_fill(scores == -torch.inf, 0)
+    grad_beams = torch.zeros_like(lse).scatter_add(1, parents, grad_scores)
+    grad_lse = grad_lse - grad_beams
+    vocab = logits.shape[-1]
+    if ctx.given:
+        grad_logits = logits.new_zeros(logits.shape, dtype=lse.dtype)
+    else:
+        softmax = (logits - lse.unsqueeze(-1)).exp()
+        softmax = softmax.masked_fill(lse.unsqueeze(-1) == -torch.inf, 0)
+        grad_logits = softmax * grad_lse.unsqueeze(-1)
+    chosen = parents * vocab + tokens
+    grad_logits = grad_logits.flatten(1).scatter_add(1, chosen, grad_scores).view(logits.shape)
+    return grad_logits.to(logits.dtype), grad_beams, None, grad_lse if ctx.given else None
+
+
+torch.library.register_autograd("flashkern::beam_topk", _backward, setup_context=_setup)
+
+
+@torch.library.register_vmap("flashkern::beam_topk")
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    logits: Tensor,
+    beam_scores: Tensor,
+    k: int,
+    logsumexp: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Rows are independent: the mapped dimension joins the batch."""
+    size = info.batch_size
+
+    def join(value: Tensor, dim: int | None) -> Tensor:
+        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.flatten(0, 1)
+
+    given = None if logsumexp is None else join(logsumexp, in_dims[3]).contiguous()
+    flat = join(logits, in_dims[0])
+    if flat.stride(-1) != 1 and flat.shape[-1] > 1:
+        flat = flat.contiguous()
+    scores = join(beam_scores, in_dims[1]).contiguous()
+    out = _ops.ops.beam_topk(flat, scores, k, given)
+    return tuple(value.unflatten(0, (size, -1)) for value in out), (0, 0, 0, 0)
+
+
+# ---- shards of a vocabulary ----
+
+
+def merge_topk(
+    parts: Sequence[BeamTopK],
+    *,
+    offsets: Sequence[int] | None = None,
+    renormalize: bool = True,
+) -> BeamTopK:
+    """Merges the :func:`beam_topk` of shards of a vocabulary into that of the whole, exactly.
+
+    A beam's log-sum-exp is that of its shards' log-sum-exps: ``joint = logsumexp(part.logsumexp)``.
+    A shard's own choice rests on its own log-sum-exp, which lifts the beams that it holds little
+    of, so it can leave out candidates of the joint choice. Two ways out:
+
+    - ``renormalize=False``: every part was taken with ``beam_topk(..., logsumexp=joint)``. The
+      merge is a selection and nothing else: bit for bit what ``beam_topk(whole, ...,
+      logsumexp=joint)`` gives. Each shard reads its logits twice, the first time for
+      ``beam_topk(shard, beam_scores, 1).logsumexp``.
+    - ``renormalize=True``: parts with their own logsumexp. A score becomes
+      ``score + (part.logsumexp - joint)``, in float32 as written. The best that a part can have
+      left out is its last score plus its greatest such correction; where that is above the merged
+      k-th score, the merge cannot be known to be exact and is refused. One beam always passes.
+
+    Args:
+        parts: one BeamTopK for each shard, over the same rows and beams, in the vocabulary's order.
+            Each holds its k best, or all its candidates when those are fewer. The result has as
+            many as the longest part.
+        offsets: each shard's first token. None: the parts' tokens are those of the whole already.
+        renormalize: see above.
+
+    Returns:
+        A :class:`BeamTopK` with the joint logsumexp, ordered as :func:`beam_topk` orders.
+
+    Raises:
+        ValueError: no parts, shapes that differ, or a choice that the parts cannot prove.
+
+    Example:
+        >>> import torch, flashkern as fk
+        >>> logits, scores = torch.randn(2, 3, 100), torch.zeros(2, 3)
+        >>> shards = logits.split(50, dim=-1)
+        >>> lses = [fk.beam_topk(shard, scores, 1).logsumexp for shard in shards]
+        >>> joint = torch.stack(lses).logsumexp(0)
+        >>> parts = [fk.beam_topk(shard, scores, 6, logsumexp=joint) for shard in shards]
+        >>> merged = fk.merge_topk(parts, offsets=[0, 50], renormalize=False)
+        >>> torch.equal(merged.tokens, fk.beam_topk(logits, scores, 6, logsumexp=joint).tokens)
+        True
+    """
+    _check_parts(parts, offsets)
+    shifts = [0] * len(parts) if offsets is None else offsets
+    tokens = torch.cat([p.tokens + shift for p, shift in zip(parts, shifts, strict=True)], 1)
+    parents = torch.cat([part.parents for part in parts], 1)
+    joint = parts[0].logsumexp
+    part_scores = [part.scores for part in parts]
+    if renormalize:
+        joint = torch.stack([part.logsumexp for part in parts]).logsumexp(0)
+        corrections = [_correction(part.logsumexp, joint) for part in parts]
+        part_scores = [
+            part.scores + correction.gather(1, part.parents)
+            for part, correction in zip(parts, corrections, strict=True)
+        ]
+    scores = torch.cat(part_scores, 1)
+    k = max(part.scores.shape[1] for part in parts)
+    order = tokens.argsort(dim=1, stable=True)
+    order = order.gather(1, parents.gather(1, order).argsort(dim=1, stable=True))
+    by_score = scores.gather(1, order).argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, by_score)[:, :k]
+    merged = scores.gather(1, order)
+    if renormalize and joint.shape[1] > 1:
+        for part, correction in zip(parts, corrections, strict=True):
+            left_out = part.scores[:, -1] + correction.amax(1)
+            refused = bool((left_out > merged[:, -1]).any())
+            must = "be taken with a joint logsumexp (see renormalize=False) or hold more candidates"
+            check(not refused, "merge_topk", "parts", must, "a choice they cannot prove")
+    return BeamTopK(merged, tokens.gather(1, order), parents.gather(1, order), joint)
+
+
+def _correction(own: Tensor, joint: Tensor) -> Tensor:
+    """own - joint, and 0 where neither holds anything."""
+    return torch.where(own == joint, 0.0, own - joint)
+
+
+def _check_parts(parts: Sequence[BeamTopK], offsets: Sequence[int] | None) -> None:
+    op = "merge_topk"
+    check(len(parts) > 0, op, "parts", "hold one BeamTopK for each shard", "none")
+    shape = parts[0].logsumexp.shape
+    for part in parts:
+        same = part.logsumexp.shape == shape
+        check(same, op, "parts", f"share (B, beams) = {tuple(shape)}", tuple(part.logsumexp.shape))
+    if offsets is not None:
+        count = len(offsets)
+        check(count == len(parts), op, "offsets", f"have {len(parts)} entries", count)
