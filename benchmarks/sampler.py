@@ -1,0 +1,88 @@
+"""Interleaved sampling: every provider of a case is called in turn, round after round.
+
+A machine's speed drifts: clocks, neighbours, page caches. Two providers measured one after the other
+see different machines; measured in turn, they see the same one, and the ratio of their medians is
+what the report shows. The order turns and reverses from round to round, so that nobody always runs
+behind the same neighbour. flashkern runs twice in each round, the second time as its own control:
+whatever differs between the two is noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.clock import Clock
+
+FLASHKERN = "flashkern"
+CONTROL = "flashkern again"
+
+_SAMPLE_SECONDS = 5e-4  # shorter calls are repeated inside one sample
+_MOST_ROUNDS = 60
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Contender:
+    """One provider of one case: a call to measure, and how to read its result."""
+
+    name: str
+    call: Callable[[], Any]
+    role: str = "peer"  # or "flashkern", "control", "limit" (less work than the others: no peer)
+    prepare: Callable[[], None] = _nothing  # before each sample, outside the time
+    unpack: Callable[[Any], Any] = field(default=lambda result: result)
+    scale: float = 1.0  # of its time, where a call does more than the case asks for
+
+
+@dataclass
+class Samples:
+    """What sampling a case gave: seconds per call of each contender, in the order of the rounds."""
+
+    seconds: dict[str, list[float]]
+    wall: float
+
+
+def _order(round_index: int, count: int) -> list[int]:
+    turn = [(round_index + i) % count for i in range(count)]
+    return turn if round_index % 2 == 0 else turn[::-1]
+
+
+def sample(
+    contenders: Sequence[Contender], clock: Clock, budget: float, least: int = 5
+) -> Samples:
+    """Measures `contenders` in turn for about `budget` seconds, `least` rounds at least.
+
+    A contender so slow that it would eat the budget is measured in every third round only.
+    """
+    start = time.perf_counter()
+    estimate = []
+    for contender in contenders:
+        contender.prepare()
+        contender.call()  # a first call pays for allocations, packing and code that loads late
+        estimate.append(max(clock.seconds(contender.call, 1), 1e-7))
+    loops = [min(1000, math.ceil(_SAMPLE_SECONDS / t)) for t in estimate]
+    share = budget / len(contenders) / least
+    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(_MOST_ROUNDS):
+            if index >= least and time.perf_counter() - start > budget:
+                break
+            for i in _order(index, len(contenders)):
+                if estimate[i] > 2 * share and index % 3:
+                    continue
+                contenders[i].prepare()
+                took = clock.seconds(contenders[i].call, loops[i])
+                seconds[contenders[i].name].append(took * contenders[i].scale)
+    finally:
+        if collecting:
+            gc.enable()
+    return Samples(seconds, time.perf_counter() - start)

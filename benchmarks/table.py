@@ -1,0 +1,198 @@
+"""The results as one table in the terminal and as CSV."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.progress import duration
+from benchmarks.results import Row, Run
+from benchmarks.roof import Roof
+from benchmarks.sampler import FLASHKERN
+
+_COLUMNS = ("shape", "dtype", "flashkern", "best peer", "speed-up", "rate", "of limit", "error / torch")
+
+
+def verdict(row: Row, noise: float) -> str:
+    """ "faster", "tie" (inside the run's noise) or "slower"."""
+    speedup = row.speedup
+    if speedup is None or abs(speedup - 1) <= noise:
+        return "tie"
+    return "faster" if speedup > 1 else "slower"
+
+
+_COLOURS = {"faster": "green", "tie": "yellow", "slower": "red"}
+
+
+def short(number: float) -> str:
+    """Three significant digits, without an exponent from a thousandth up."""
+    if number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share of one as a percentage: whole from 10% up, one decimal below."""
+    return f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.1f}%"
+
+
+def _errors(row: Row) -> str:
+    own, torch_error = row.errors.get(FLASHKERN), row.torch_error
+    if own is None:
+        return ""
+    return f"{own:.1e}" if torch_error is None else f"{own:.1e} / {torch_error:.1e}"
+
+
+def cells(row: Row, noise: float) -> dict[str, str]:
+    """A row's cells as text, by column."""
+    best, rate = row.best_peer, row.rate()
+    limit = row.limit[1] if row.limit else ""
+    tie = " =" if verdict(row, noise) == "tie" and best else ""
+    return {
+        "shape": f"{row.info['mode']} {row.info['shape']}"
+        + (f" {row.info['threads']} thread" if row.info["scaling"] else ""),
+        "dtype": row.info["dtype"],
+        "flashkern": duration(row.seconds[FLASHKERN]),
+        "best peer": f"{duration(row.seconds[best])} {best}" if best else "none here",
+        "speed-up": f"{row.speedup:.2f}x{tie}" if row.speedup else "",
+        "rate": f"{short(rate[0])} {rate[1]}" if rate else "",
+        "of limit": f"{percent(row.share)} {limit}" if row.share is not None else "",
+        "error / torch": _errors(row),
+    }
+
+
+def quality_cells(row: Row) -> str:
+    """What a model computed, flashkern's beside the best peer's: "perplexity 12.34 = 12.34"."""
+    own = row.quality.get(FLASHKERN, {})
+    other: dict[str, Any] = row.quality.get(row.best_peer or "", {})
+    parts = []
+    for key, value in own.items():
+        same = other.get(key) == value
+        shown = f"{key} {value}" if not isinstance(value, str) or len(value) < 24 else key
+        parts.append(f"{shown} {'=' if same else '!='} torch's" if key in other else shown)
+    return ", ".join(parts)
+
+
+def _plain(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+                 pad_edge=False)  # fmt: skip
+
+
+def _operators(run: Run) -> Table:
+    table = _plain("Operators")
+    for column in ("operator", *_COLUMNS):
+        right = column in ("flashkern", "speed-up", "rate", "of limit")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    before = None
+    for row in [*run.operators, *run.scaling]:
+        section = (row.info["operator"], row.info["scaling"])
+        name = row.info["operator"] if section != before else ""
+        if before is not None and section != before:
+            table.add_section()
+        before = section
+        shown = cells(row, run.noise)
+        style = _COLOURS[verdict(row, run.noise)]
+        texts = (Text(shown[c], style=style if c == "speed-up" else "") for c in _COLUMNS)
+        table.add_row(Text(name, style="bold"), *texts)
+    return table
+
+
+def _models(run: Run) -> Table:
+    table = _plain("Real models")
+    for column in ("task", "flashkern", "best peer", "speed-up", "rate", "result"):
+        table.add_column(column, no_wrap=column != "result")
+    for row in run.models:
+        shown = cells(row, run.noise)
+        style = _COLOURS[verdict(row, run.noise)]
+        table.add_row(
+            row.info["shape"],
+            shown["flashkern"],
+            shown["best peer"],
+            Text(shown["speed-up"], style=style),
+            shown["rate"],
+            quality_cells(row),
+        )
+    return table
+
+
+def headline(run: Run) -> list[str]:
+    """The run in a few sentences."""
+    lines = []
+    for name, rows in (("operator shapes", run.operators), ("model tasks", run.models)):
+        judged = [row for row in rows if row.speedup is not None]
+        if not judged:
+            continue
+        verdicts = [verdict(row, run.noise) for row in judged]
+        middle = sorted(row.speedup or 0.0 for row in judged)[len(judged) // 2]
+        lines.append(
+            f"{len(judged)} {name}: faster than the best peer on {verdicts.count('faster')}, "
+            f"level on {verdicts.count('tie')}, slower on {verdicts.count('slower')}; "
+            f"median speed-up {middle:.2f}x"
+        )
+    worse = [r for r in run.operators if (r.torch_error or 0) * 2 < r.errors.get(FLASHKERN, 0)
+             and r.torch_error]  # fmt: skip
+    lines.append(
+        f"error against float64: at most twice torch's on {len(run.operators) - len(worse)} of "
+        f"{len(run.operators)} shapes"
+    )
+    lines.append(f"noise of this run: {100 * run.noise:.1f}% (flashkern against itself)")
+    return lines
+
+
+def limits(roof: Roof) -> str:
+    """The machine's limits in one line."""
+    sizes = sorted(roof.read)
+    return (
+        f"{roof.threads} thread{'s' if roof.threads > 1 else ''}: "
+        f"{roof.fma / 1e9:.0f} GFLOP/s of multiply-adds, {roof.gemm / 1e9:.0f} GFLOP/s in torch's "
+        f"matrix product, {roof.read[sizes[-1]] / 1e9:.1f} GB/s read from memory, "
+        f"{roof.read[sizes[0]] / 1e9:.0f} GB/s from cache"
+    )
+
+
+def show(run: Run, console: Console) -> None:
+    """Prints the report."""
+    record, machine = run.record, run.record["machine"]
+    console.print()
+    console.print(
+        f"[bold]flashkern {machine['versions']['flashkern']}[/] on {machine['cpu']['model']}, "
+        f"{machine['cores']} cores, {machine['isa']}, torch {machine['versions']['torch']}; "
+        f"profile {record['profile']}, {record['seconds']:.0f} s"
+    )
+    for roof in run.roofs.values():
+        console.print(limits(roof), highlight=False)
+    if run.operators:
+        console.print(_operators(run))
+    if run.models:
+        console.print(_models(run))
+    for line in headline(run):
+        console.print(line, highlight=False)
+    reasons = {f"{n}: {r.splitlines()[0]}" for m in record["missing"].values() for n, r in m.items()}
+    for reason in sorted(reasons):
+        console.print(f"[yellow]left out[/] {reason}", highlight=False)
+
+
+def write_csv(run: Run, path: Path) -> None:
+    """One line for each case and provider, for a spreadsheet."""
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(
+            ["operator", "mode", "shape", "dtype", "threads", "provider", "role", "median_s",
+             "iqr_over_median", "rounds", "gflops", "gbytes_per_s", "limit_s", "limit", "error"]
+        )  # fmt: skip
+        for row in run.rows:
+            info = row.info
+            for name, seconds in row.seconds.items():
+                out.writerow(
+                    [info["operator"], info["mode"], info["shape"], info["dtype"], info["threads"],
+                     name, row.roles[name], f"{seconds:.6g}", f"{row.spread[name]:.3f}",
+                     row.rounds[name], f"{info['flops'] / seconds / 1e9:.4g}",
+                     f"{info['bytes'] / seconds / 1e9:.4g}", *(row.limit or ("", "")),
+                     row.errors.get(name, "")]
+                )  # fmt: skip
