@@ -59,10 +59,11 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) --group peers || echo "flashkern: beamgrad did not install; its column stays empty"
 	touch $@
 
-# An editable install: the library lies in flashkern/, Python files are used where they are.
+# An editable install: the library lies in flashkern/, Python files are used where they are. pip
+# keeps what a build prints to itself unless it fails; setup.py keeps its objects in build/.
 $(VENV)/built.stamp: $(VENV)/base.stamp $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps --editable . || \
-	  $(PY) -m pip install --verbose --no-build-isolation --no-deps --editable .
+	@echo "flashkern: building the CPU operators (portable, AVX2, AVX-512) with $${MAX_JOBS:-$$(nproc)} jobs"
+	@$(PIP) --no-build-isolation --no-deps --editable . 2> build.log || (cat build.log; exit 1)
 	$(PY) -m flashkern info
 	touch $@
 

@@ -20,18 +20,19 @@ def jobs() -> int:
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+    """Builds into the wheel's tree, or beside the sources for an editable install."""
+
+    def run(self) -> None:
+        target = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "flashkern"
         build = Path(self.build_temp).resolve() / "cmake"
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
         if os.environ.get("FLASHKERN_ISAS"):
             options.append(f"-DFLASHKERN_ISAS={os.environ['FLASHKERN_ISAS']}")
         if os.environ.get("FLASHKERN_SANITIZE"):
             options.append("-DFLASHKERN_SANITIZE=ON")
-        count = jobs()
-        print(f"flashkern: building the CPU operators with {count} jobs", file=sys.stderr)
+        print(f"flashkern: building the CPU operators with {jobs()} jobs", file=sys.stderr)
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options])
-        subprocess.check_call(["cmake", "--build", build, "-j", str(count)])
+        subprocess.check_call(["cmake", "--build", build, "-j", str(jobs())])
         subprocess.check_call(["cmake", "--install", build])
 
 
