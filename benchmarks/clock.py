@@ -1,4 +1,4 @@
-"""What a time is: the clocks that measure calls, and the replay that hands them to pytest-benchmark.
+"""What a time is: clocks that measure calls, and the replay that feeds pytest-benchmark.
 
 The providers of a case are measured in turn, call by call (see sampler.py), while pytest-benchmark
 measures one function at a time. So a case is sampled first, and each provider's samples are then
@@ -47,7 +47,7 @@ CLOCKS: dict[str, Callable[[], Clock]] = {"wall": WallClock, "cpu": CpuClock}
 
 
 class Replay:
-    """A timer for pytest-benchmark that shows recorded durations: each `step` takes the next one."""
+    """A timer for pytest-benchmark that shows recorded durations, the next one at each `step`."""
 
     __name__ = "replay"
 

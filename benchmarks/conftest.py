@@ -1,4 +1,4 @@
-"""pytest's side of a run: options, the session, progress, and the record that goes into the JSON."""
+"""pytest's side of a run: options, the session, progress, and the record in the JSON."""
 
 from __future__ import annotations
 

@@ -57,14 +57,21 @@ def _speedups(run: Run, rows: list[Row], title: str) -> Any:
     axes.set_xscale("log")
     low, high = min([*values, 0.9]), max([*values, 1.3])
     axes.set_xlim(low / 1.12, high * 1.3)
-    ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low / 1.12 < t < high * 1.3]
+    marks = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+    ticks = [t for t in marks if low / 1.12 < t < high * 1.3]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.minorticks_off()
     for place, value in zip(places, values, strict=True):
         axes.text(max(value, 1) * 1.02, place, f"{value:.2f}x", va="center", fontsize=8, color=INK)
     operator = [row.info["operator"] for row in rows]
-    axes.set_yticks(places, [f"{o} {_name(r)}" if o != "model" else r.info["shape"]
-                             for o, r in zip(operator, rows, strict=True)], fontsize=8)  # fmt: skip
+    axes.set_yticks(
+        places,
+        [
+            f"{o} {_name(r)}" if o != "model" else r.info["shape"]
+            for o, r in zip(operator, rows, strict=True)
+        ],
+        fontsize=8,
+    )
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.grid(axis="y", visible=False)
     axes.set_title(title)
@@ -73,8 +80,12 @@ def _speedups(run: Run, rows: list[Row], title: str) -> Any:
 
 def _label_some(axes: Any, points: list[tuple[float, float, str]]) -> None:
     """Names the fastest and the slowest point, no more: a cloud of names helps nobody."""
+    middle = sorted(x for x, _, _ in points)[len(points) // 2]
     for x, y, text in {max(points, key=lambda p: p[1]), min(points, key=lambda p: p[1])}:
-        axes.annotate(text, (x, y), (6, -10), textcoords="offset points", fontsize=7, color=INK)
+        side, shift = ("left", 6) if x < middle else ("right", -6)
+        axes.annotate(
+            text, (x, y), (shift, -11), textcoords="offset points", fontsize=7, ha=side, color=INK
+        )
 
 
 def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
@@ -88,15 +99,33 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
         ridge = roof.fma / speed
         xs = [left, min(max(ridge, left), right)]
         axes.plot(xs, [min(roof.fma, x * speed) / 1e9 for x in xs], color=INK, linewidth=1)
-        if ridge > left:
-            axes.text(left, left * speed / 1e9 * 1.1, f"{name}, {speed / 1e9:.0f} GB/s",
-                      fontsize=8, rotation=0, color=INK)  # fmt: skip
+        if ridge > 2 * left:
+            axes.annotate(
+                f"{name}, {speed / 1e9:.0f} GB/s",
+                (left, left * speed / 1e9),
+                (6, -1),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+            )
     axes.axhline(roof.fma / 1e9, color=INK, linewidth=1)
-    axes.text(right, roof.fma / 1e9 * 1.06, f"multiply-adds, {roof.fma / 1e9:.0f} GFLOP/s",
-              ha="right", fontsize=8, color=INK)  # fmt: skip
+    axes.text(
+        right,
+        roof.fma / 1e9 * 1.06,
+        f"multiply-adds, {roof.fma / 1e9:.0f} GFLOP/s",
+        ha="right",
+        fontsize=8,
+        color=INK,
+    )
     axes.axhline(roof.gemm / 1e9, color=INK, linewidth=0.8, linestyle=":")
-    axes.text(right, roof.gemm / 1e9 / 1.2, f"torch's matrix product, {roof.gemm / 1e9:.0f}",
-              ha="right", fontsize=8, color=INK)  # fmt: skip
+    axes.text(
+        right,
+        roof.gemm / 1e9 / 1.2,
+        f"torch's matrix product, {roof.gemm / 1e9:.0f}",
+        ha="right",
+        fontsize=8,
+        color=INK,
+    )
     points = []
     for row, x in zip(rows, intensity, strict=True):
         y = row.info["flops"] / row.seconds[FLASHKERN] / 1e9
@@ -112,7 +141,7 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
     axes.plot([], [], "o", mfc="white", color=PEER, label="best peer")
     for mode in dict.fromkeys(row.info["mode"] for row in rows):
         axes.plot([], [], _MARKS.get(mode, "o"), color="#adb5bd", label=mode)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(None, roof.fma / 1e9 * 1.5))
     axes.set(xlabel="FLOPs for each byte of inputs and outputs", ylabel="GFLOP/s")
     axes.set_title(f"{operator}: roofline, {roof.threads} threads")
@@ -141,7 +170,7 @@ def _bandwidth(run: Run, rows: list[Row]) -> Any:
     names = sorted({name for row in rows for name in row.peers})
     for i, name in enumerate(names):
         axes.plot([], [], "o", mfc="white", color=_PEERS[i % len(_PEERS)], label=name)
-    axes.legend(loc="best", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="bytes of logits", ylabel="GB/s")
     axes.set_title(f"beam: bandwidth, {roof.threads} threads")
     return figure
@@ -156,8 +185,11 @@ def _by_length(run: Run) -> Any | None:
 
     rows = [r for r in run.operators if r.info["operator"] == "attention"]
     rows = sorted((r for r in rows if r.info["mode"] == "prefill"), key=family)
-    panels = [(key, sorted(group, key=lambda r: r.info["queries"]))
-              for key, members in groupby(rows, family) if len(group := list(members)) >= 3]  # fmt: skip
+    panels = [
+        (key, sorted(group, key=lambda r: r.info["queries"]))
+        for key, members in groupby(rows, family)
+        if len(group := list(members)) >= 3
+    ]
     if not panels:
         return None
     columns = min(4, len(panels))
@@ -172,10 +204,15 @@ def _by_length(run: Run) -> Any | None:
         names = [n for n in members[-1].seconds if n != CONTROL]
         for i, name in enumerate(names):
             shown = [r for r in members if name in r.seconds]
-            axes.plot([r.info["queries"] for r in shown],
-                      [r.info["flops"] / r.seconds[name] / 1e9 for r in shown], "o-",
-                      color=OWN if name == FLASHKERN else _PEERS[(i - 1) % len(_PEERS)],
-                      markersize=4, linewidth=2 if name == FLASHKERN else 1.2, label=name)  # fmt: skip
+            axes.plot(
+                [r.info["queries"] for r in shown],
+                [r.info["flops"] / r.seconds[name] / 1e9 for r in shown],
+                "o-",
+                color=OWN if name == FLASHKERN else _PEERS[(i - 1) % len(_PEERS)],
+                markersize=4,
+                linewidth=2 if name == FLASHKERN else 1.2,
+                label=name,
+            )
         ticks = [r.info["queries"] for r in members]
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -210,8 +247,11 @@ def _by_threads(run: Run) -> Any | None:
         ideal = [own[0] * c / counts[0] for c in counts]
         axes.plot(counts, ideal, ":", color=INK, linewidth=0.8, label="in proportion")
         if peer:
-            shown = [(c, base / r.seconds[peer]) for c, r in zip(counts, rows, strict=True)
-                     if peer in r.seconds]  # fmt: skip
+            shown = [
+                (c, base / r.seconds[peer])
+                for c, r in zip(counts, rows, strict=True)
+                if peer in r.seconds
+            ]
             axes.plot(*zip(*shown, strict=True), "o-", color=PEER, linewidth=1.2, label=peer)
         axes.set_xticks(counts)
         axes.set_ylim(0, None)

@@ -3,8 +3,8 @@
 quick  what `make bench` runs: shapes of real models, small enough for two cores and two minutes.
 full   the grids that the plots and the tables in docs/ come from.
 
-A case is a plain description; providers/ turns it into calls. Its `label` is its name in every report
-and the key by which two result files are compared.
+A case is a plain description; providers/ turns it into calls. Its `label` is its name in every
+report and the key by which two result files are compared.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class Attention:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         length = f"{self.kv}" if self.mode != "decode" else f"1x{self.kv}"
         tail = " causal" if self.causal and self.mode != "decode" else ""
-        return f"B{self.batch} H{heads} S{length} D{self.dim}{tail}"
+        batch = f"B{self.batch} " if self.batch > 1 else ""
+        return f"{batch}H{heads} S{length} D{self.dim}{tail}"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Rows of x, in and out features of W, rank. mode: "training" (forward, backward) or "decode"."""
+    """Rows of x, in and out features of W, rank. mode: "training" (both passes) or "decode"."""
 
     mode: str
     rows: int
@@ -75,14 +76,15 @@ class Beam:
 
     @property
     def shape(self) -> str:
-        return f"B{self.batch} beams{self.beams} V{self.vocab}"
+        batch = f"B{self.batch} " if self.batch > 1 else ""
+        return f"{batch}{self.beams} beams V{self.vocab}"
 
 
 Case = Attention | Lora | Beam
 
 
 def label(case: Case) -> str:
-    """A case's name, the same in every run: "attention prefill B1 H8 S512 D64 causal f32"."""
+    """A case's name, the same in every run: "attention prefill H8 S512 D64 causal f32"."""
     threads = f" {case.threads}t" if case.threads else ""
     return f"{case.operator} {case.mode} {case.shape} {case.dtype}{threads}"
 

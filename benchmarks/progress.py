@@ -26,7 +26,12 @@ class Progress:
 
     def __init__(self, cases: int, stream: TextIO) -> None:
         self._console = Console(file=stream, highlight=False)
-        columns = (BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(40),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
         self._bar = Bar(*columns, console=self._console, transient=True)
         self._task = self._bar.add_task("", total=cases)
         self._done, self._cases = 0, cases

@@ -1,8 +1,8 @@
 """From a result file (pytest-benchmark's JSON) to one row for each case: what the reports show.
 
-The rules of judgement live here. A speed-up is the best peer's median over flashkern's. Noise is how
-far flashkern's median lies from its own control's in the same rounds: the run's noise is the 90th
-percentile over its cases, and a difference smaller than that is called a tie.
+The rules of judgement live here. A speed-up is the best peer's median over flashkern's. Noise is
+how far flashkern's median lies from its own control's in the same rounds: the run's noise is the
+90th percentile over its cases, and a difference smaller than that is called a tie.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Interleaved sampling: every provider of a case is called in turn, round after round.
 
-A machine's speed drifts: clocks, neighbours, page caches. Two providers measured one after the other
-see different machines; measured in turn, they see the same one, and the ratio of their medians is
-what the report shows. The order turns and reverses from round to round, so that nobody always runs
-behind the same neighbour. flashkern runs twice in each round, the second time as its own control:
-whatever differs between the two is noise.
+A machine's speed drifts: clocks, neighbours, page caches. Two providers measured one after the
+other see different machines; measured in turn, they see the same one, and the ratio of their
+medians is what the report shows. The order turns and reverses from round to round, so that nobody
+always runs behind the same neighbour. flashkern runs twice in each round, the second time as its
+own control: whatever differs between the two is noise.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def _order(round_index: int, count: int) -> list[int]:
     return turn if round_index % 2 == 0 else turn[::-1]
 
 
-def sample(
-    contenders: Sequence[Contender], clock: Clock, budget: float, least: int = 5
-) -> Samples:
+def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: int = 5) -> Samples:
     """Measures `contenders` in turn for about `budget` seconds, `least` rounds at least.
 
     A contender so slow that it would eat the budget is measured in every third round only.

@@ -1,4 +1,4 @@
-"""One benchmark run: which clock and how many threads, the roofs, and one measured case at a time."""
+"""One benchmark run: clock, threads, roofs, and one measured case at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.sampler import CONTROL, sample
 
 @dataclass
 class Measured:
-    """What one case gave: samples, and what goes into the JSON beside each contender's statistics."""
+    """What one case gave: samples, and what the JSON says beside each contender's statistics."""
 
     group: str
     seconds: dict[str, list[float]]
@@ -30,7 +30,7 @@ class Measured:
 
 
 def _judge(problem: Problem) -> dict[str, dict[str, Any]]:
-    """Runs each contender once more: its error against float64, and its quality if the case has one.
+    """Runs each contender once: its error against float64, and its quality if the case has one.
 
     Contenders that the exact result does not depend on share it, so it is computed once.
     """

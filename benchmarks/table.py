@@ -16,7 +16,10 @@ from benchmarks.results import Row, Run
 from benchmarks.roof import Roof
 from benchmarks.sampler import FLASHKERN
 
-_COLUMNS = ("shape", "dtype", "flashkern", "best peer", "speed-up", "rate", "of limit", "error / torch")
+COLUMNS = (
+    "shape", "dtype", "flashkern", "best peer", "speed-up", "rate", "of limit", "error / torch"
+)  # fmt: skip
+RIGHT = ("flashkern", "speed-up", "rate", "of limit")  # columns of numbers
 
 
 def verdict(row: Row, noise: float) -> str:
@@ -56,7 +59,7 @@ def cells(row: Row, noise: float) -> dict[str, str]:
     tie = " =" if verdict(row, noise) == "tie" and best else ""
     return {
         "shape": f"{row.info['mode']} {row.info['shape']}"
-        + (f" {row.info['threads']} thread" if row.info["scaling"] else ""),
+        + (f" {row.info['threads']}t" if row.info["scaling"] else ""),
         "dtype": row.info["dtype"],
         "flashkern": duration(row.seconds[FLASHKERN]),
         "best peer": f"{duration(row.seconds[best])} {best}" if best else "none here",
@@ -81,14 +84,13 @@ def quality_cells(row: Row) -> str:
 
 def _plain(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
-                 pad_edge=False)  # fmt: skip
+                  pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
 
 
 def _operators(run: Run) -> Table:
     table = _plain("Operators")
-    for column in ("operator", *_COLUMNS):
-        right = column in ("flashkern", "speed-up", "rate", "of limit")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for column in ("operator", *COLUMNS):
+        table.add_column(column, justify="right" if column in RIGHT else "left", no_wrap=True)
     before = None
     for row in [*run.operators, *run.scaling]:
         section = (row.info["operator"], row.info["scaling"])
@@ -98,7 +100,7 @@ def _operators(run: Run) -> Table:
         before = section
         shown = cells(row, run.noise)
         style = _COLOURS[verdict(row, run.noise)]
-        texts = (Text(shown[c], style=style if c == "speed-up" else "") for c in _COLUMNS)
+        texts = (Text(shown[c], style=style if c == "speed-up" else "") for c in COLUMNS)
         table.add_row(Text(name, style="bold"), *texts)
     return table
 
@@ -173,8 +175,8 @@ def show(run: Run, console: Console) -> None:
         console.print(_models(run))
     for line in headline(run):
         console.print(line, highlight=False)
-    reasons = {f"{n}: {r.splitlines()[0]}" for m in record["missing"].values() for n, r in m.items()}
-    for reason in sorted(reasons):
+    missing = {item for found in record["missing"].values() for item in found.items()}
+    for reason in sorted(f"{name}: {why.splitlines()[0]}" for name, why in missing):
         console.print(f"[yellow]left out[/] {reason}", highlight=False)
 
 

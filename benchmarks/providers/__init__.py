@@ -17,7 +17,6 @@ from benchmarks.profiles import Attention, Beam, Case
 from benchmarks.providers import attention, beam, lora
 from benchmarks.sampler import CONTROL, FLASHKERN, Contender
 
-
 Factory = Callable[[Any], Contender]
 
 

@@ -2,7 +2,7 @@
 
 FLOPs are 4 heads queries keys head_dim for the forward pass (half of it when causal, and only real
 tokens of a padded batch), 2.5 times that for the backward pass. The error is measured on one group
-of heads of one sequence: heads do not mix, so a slice of the inputs gives that slice's exact result.
+of heads of one sequence: heads do not mix, so a slice of the inputs gives its exact result.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _sdpa_repeated(made: Inputs) -> Contender:
         k, v = _repeat(k, group), _repeat(v, group)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
-    return _wrap("torch sdpa, kv repeated", made, forward)
+    return _wrap("sdpa, kv repeated", made, forward)
 
 
 def _sdpa_folded(made: Inputs) -> Contender:
@@ -177,7 +177,7 @@ def _sdpa_folded(made: Inputs) -> Contender:
         folded = q.reshape(case.batch, case.kv_heads, group, case.dim)
         return F.scaled_dot_product_attention(folded, k, v).reshape(q.shape)
 
-    return _wrap("torch sdpa, heads folded", made, forward)
+    return _wrap("sdpa, heads folded", made, forward)
 
 
 def _math(made: Inputs) -> Contender:
@@ -213,7 +213,7 @@ def _varlen_loop(made: Inputs) -> Contender:
             ]
             return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs])
 
-    return Contender("torch sdpa, one by one", call, unpack=_unpack_varlen(made))
+    return Contender("sdpa, one by one", call, unpack=_unpack_varlen(made))
 
 
 def _unpack_varlen(made: Inputs) -> Callable[[Tensor], list[Tensor]]:
@@ -227,7 +227,7 @@ def _varlen_padded(made: Inputs) -> Contender:
     """SDPA on the padded batch with a mask, not charged for padding and unpadding."""
     padded = Inputs(**{**vars(made), "case": _as_padded(made.case)})
     contender = _sdpa(padded)
-    contender.name = "torch sdpa, padded"
+    contender.name = "sdpa, padded"
     return contender
 
 
@@ -239,15 +239,15 @@ def factories(case: Attention) -> dict[str, Callable[[Inputs], Contender]]:
     if case.mode == "varlen":
         return {
             FLASHKERN: _varlen,
-            "torch sdpa, one by one": _varlen_loop,
-            "torch sdpa, padded": _varlen_padded,
+            "sdpa, one by one": _varlen_loop,
+            "sdpa, padded": _varlen_padded,
         }
     found: dict[str, Callable[[Inputs], Contender]] = {FLASHKERN: _flashkern, "torch sdpa": _sdpa}
     if case.heads != case.kv_heads:
         if case.mode == "decode":
-            found["torch sdpa, heads folded"] = _sdpa_folded
+            found["sdpa, heads folded"] = _sdpa_folded
         else:
-            found["torch sdpa, kv repeated"] = _sdpa_repeated
+            found["sdpa, kv repeated"] = _sdpa_repeated
     found["torch eager"] = _math
     return found
 

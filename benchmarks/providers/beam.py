@@ -79,8 +79,10 @@ def problem(case: Beam, made: Inputs, contenders: list[Contender]) -> Problem:
             return []  # its scores are those of two steps
         rows = made.logits.flatten(0, 1)
         # Rows in chunks: 512 x 150k in float64 is more memory than a small machine has.
-        best = [part.double().log_softmax(-1).topk(min(made.k, case.vocab)).values
-                for part in rows.split(64)]  # fmt: skip
+        best = [
+            part.double().log_softmax(-1).topk(min(made.k, case.vocab)).values
+            for part in rows.split(64)
+        ]
         scores = torch.cat(best).view(case.batch, case.beams, -1) + made.scores[:, :, None].double()
         return [scores.flatten(1).topk(made.k).values]
 

@@ -64,9 +64,7 @@ def _flashkern(made: Inputs) -> Contender:
     p = made.case.dropout
 
     def forward() -> Tensor:
-        return fk.lora_linear(
-            made.x, made.weight, made.a, made.b, scaling=SCALING, dropout_p=p
-        )
+        return fk.lora_linear(made.x, made.weight, made.a, made.b, scaling=SCALING, dropout_p=p)
 
     return _wrap(FLASHKERN, made, forward, (made.x, made.a, made.b), FLASHKERN)
 
@@ -109,9 +107,7 @@ def _addmm(made: Inputs) -> Contender:
 
 
 def _frozen(made: Inputs) -> Contender:
-    return _wrap(
-        "frozen linear", made, lambda: F.linear(made.x, made.weight), (made.x,), "limit"
-    )
+    return _wrap("frozen linear", made, lambda: F.linear(made.x, made.weight), (made.x,), "limit")
 
 
 def factories(case: Lora) -> dict[str, Callable[[Inputs], Contender]]:
