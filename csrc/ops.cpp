@@ -7,6 +7,7 @@
 
 #include "simd/isa.h"
 #include "torch/beam.h"
+#include "torch/lora.h"
 
 namespace flashkern {
 
@@ -27,6 +28,15 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
   m.def(
       "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None) "
       "-> (Tensor scores, Tensor tokens, Tensor parents, Tensor logsumexp_out)");
+
+  // y and h: what the backward pass keeps. With ids, one adapter for each row (-1: none).
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? "
+      "ids, Tensor? scalings, float scaling, float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor h, Tensor? ids, Tensor? scalings, float scaling, float dropout_p, Tensor? seed, "
+      "bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
@@ -35,4 +45,6 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk_cpu));
+  m.impl("lora_linear", TORCH_BOX(&flashkern::lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&flashkern::lora_linear_backward));
 }

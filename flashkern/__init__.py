@@ -6,11 +6,14 @@ Each operator is exact and has one definition (:mod:`flashkern.reference`) and s
 from flashkern._ops import cpu_isa
 from flashkern._version import __version__
 from flashkern.beam import BeamTopK, beam_topk, merge_topk
+from flashkern.lora import lora_linear, lora_linear_multi
 
 __all__ = [
     "BeamTopK",
     "__version__",
     "beam_topk",
     "cpu_isa",
+    "lora_linear",
+    "lora_linear_multi",
     "merge_topk",
 ]

@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from flashkern.random import lora_keep_mask
 
 # ---- beam top-k ----
 
@@ -31,3 +34,46 @@ def beam_topk(
     vocab = logits.shape[-1]
     best, index = ranked[:, :k], index[:, :k]
     return best, index % vocab, index // vocab, logsumexp
+
+
+# ---- LoRA linear ----
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias + scaling (dropout(x) A^T) B^T, with dropout as a function of the seed."""
+    kept = x
+    if dropout_p > 0.0 and seed is not None:
+        columns = x.shape[-1]
+        mask = lora_keep_mask(seed, dropout_p, x.numel() // max(columns, 1), columns)
+        scale = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+        kept = x * mask.view(x.shape) * scale
+    return F.linear(x, weight, bias) + scaling * ((kept @ lora_a.T) @ lora_b.T)
+
+
+def lora_linear_multi(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+) -> Tensor:
+    """:func:`lora_linear` with adapter adapter_ids[i] for row i, none where that is -1."""
+    y = F.linear(x, weight, bias)
+    ids = adapter_ids.reshape(x.shape[:-1])
+    for n in range(lora_a.shape[0]):
+        s = scaling[n] if isinstance(scaling, Tensor) else scaling
+        y = y + s * ((x @ lora_a[n].T) @ lora_b[n].T) * (ids == n).unsqueeze(-1)
+    return y

@@ -1,0 +1,69 @@
+// What a LoRA linear is to a kernel: plain numbers and pointers.
+//
+//   h  = scale * drop(x) A^T        (rows, rank)   scale = scaling / (1 - p)
+//   y += h B^T                      (rows, out)    on top of the base product x W^T + bias
+//
+// Backward, from dy and the h that the forward pass kept:
+//
+//   dh = scale * dy B               dB = dy^T h
+//   dA = dh^T keep(x)               dx += keep(dh A)    on top of the base product dy W
+//
+// keep(v) puts zeros where dropout drops; the factor 1 / (1 - p) lies in h and in dh once.
+#pragma once
+
+#include <cstdint>
+
+#include "simd/isa.h"
+#include "types.h"
+
+namespace flashkern {
+
+struct LoraDropout {
+  uint64_t seed = 0;
+  uint64_t threshold = 0;  // a value stays when its random word is at least this; 0: no dropout
+};
+
+// One adapter (ids is null) or several, one for each row: A (adapters, rank, in) and
+// B (adapters, out, rank) contiguous.
+struct LoraAdapters {
+  int64_t count;
+  int64_t rank;
+  DType dtype;  // float32 beside any x, else x's own
+  const void* a;
+  const void* b;
+  const double* scale;  // (adapters,), with dropout's 1 / (1 - p) in it
+  const int64_t* ids;   // (rows,), -1 for no adapter; null: every row has adapter 0
+};
+
+struct LoraForward {
+  int64_t rows, in, out;
+  DType dtype;  // of x and y
+  const void* x;
+  int64_t x_row;  // elements from one row to the next
+  void* y;        // (rows, out), holds the base product
+  void* h;        // (rows, rank), float32 (float64 for float64)
+  LoraAdapters adapters;
+  LoraDropout dropout;
+};
+
+struct LoraBackward {
+  int64_t rows, in, out;
+  DType dtype;  // of x, dy and dx
+  const void* x;
+  int64_t x_row;
+  const void* dy;
+  int64_t dy_row;
+  const void* h;
+  void* dx;  // (rows, in), holds dy W; null where x needs no gradient
+  void* da;  // like A; null where the adapter needs none
+  void* db;  // like B; null likewise
+  LoraAdapters adapters;
+  LoraDropout dropout;
+};
+
+FK_CPU_KERNEL(lora_forward, LoraForward)
+FK_CPU_KERNEL(lora_backward, LoraBackward)
+FK_CPU_KERNEL(lora_forward_plain, LoraForward)  // float64, unhurried
+FK_CPU_KERNEL(lora_backward_plain, LoraBackward)
+
+}  // namespace flashkern

@@ -1,0 +1,170 @@
+#include "torch/lora.h"
+
+#include <array>
+#include <vector>
+
+#include "dropout.h"
+#include "lora/params.h"
+#include "torch/threads.h"
+
+namespace flashkern {
+namespace {
+
+// The base product through the BLAS that torch carries.
+Tensor base_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A matrix of rows that lie a fixed number of elements apart: a view wherever one exists.
+struct RowView {
+  Tensor tensor;
+  int64_t rows, row;
+
+  explicit RowView(const Tensor& t) : tensor(t) {
+    const int64_t width = t.size(t.dim() - 1);
+    rows = 1;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+    row = width;
+    if (t.is_contiguous()) return;
+    if (t.dim() == 2 && t.stride(1) == 1 && t.stride(0) >= width) {
+      row = t.stride(0);
+    } else {
+      tensor = torch::stable::contiguous(t);
+    }
+  }
+};
+
+// Holds what the params point to.
+struct Adapters {
+  Tensor a, b;
+  std::optional<Tensor> ids, scalings;
+  std::vector<double> scale;
+  LoraAdapters params;
+  LoraDropout dropout;
+
+  Adapters(const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& ids_,
+           const std::optional<Tensor>& scalings_, double scaling, double dropout_p,
+           const std::optional<Tensor>& seed, int64_t rows)
+      : a(packed(lora_a)), b(packed(lora_b)) {
+    const bool several = ids_.has_value();
+    const int64_t count = several ? a.size(0) : 1;
+    STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.dim() == (several ? 3 : 2),
+                    "lora_linear: lora_a and lora_b must be alike");
+    if (several) {
+      ids = packed(*ids_);
+      scalings = packed(*scalings_);
+      STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->numel() == rows,
+                      "lora_linear: adapter_ids must be int64, one for each row");
+      STD_TORCH_CHECK(scalings->scalar_type() == ScalarType::Double && scalings->numel() == count,
+                      "lora_linear: scaling must be float64, one for each adapter");
+      const auto* id = static_cast<const int64_t*>(ids->const_data_ptr());
+      for (int64_t i = 0; i < rows; ++i) {
+        STD_TORCH_CHECK(id[i] >= -1 && id[i] < count,
+                        "lora_linear_multi: adapter_ids must lie in [-1, ", count, "), got ",
+                        id[i]);
+      }
+      const auto* s = static_cast<const double*>(scalings->const_data_ptr());
+      scale.assign(s, s + count);
+    } else {
+      scale.assign(1, scaling);
+    }
+    if (dropout_p > 0.0) {
+      STD_TORCH_CHECK(seed.has_value(), "lora_linear: dropout needs a seed");
+      dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+      dropout.threshold = dropout_threshold(dropout_p);
+      for (double& s : scale) s = dropout_p < 1.0 ? s / (1.0 - dropout_p) : 0.0;
+    }
+    params = {count,
+              a.size(several ? 1 : 0),
+              dtype_of(a),
+              a.const_data_ptr(),
+              b.const_data_ptr(),
+              scale.data(),
+              several ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
+  }
+};
+
+ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_shapes(const Tensor& x, const Tensor& weight, const Adapters& adapters) {
+  const int64_t in = weight.size(1), out = weight.size(0), rank = adapters.params.rank;
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in,
+                  "lora_linear: x must have weight's columns");
+  STD_TORCH_CHECK(adapters.a.numel() == adapters.params.count * rank * in &&
+                      adapters.b.numel() == adapters.params.count * rank * out,
+                  "lora_linear: lora_a and lora_b must fit the weight");
+}
+
+Tensor empty_of(const Tensor& like, bool needed) {
+  return needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                       const Tensor& lora_b, const std::optional<Tensor>& bias,
+                                       const std::optional<Tensor>& ids,
+                                       const std::optional<Tensor>& scalings, double scaling,
+                                       double dropout_p, const std::optional<Tensor>& seed) {
+  const RowView view(x);
+  const Adapters adapters(lora_a, lora_b, ids, scalings, scaling, dropout_p, seed, view.rows);
+  check_shapes(x, weight, adapters);
+  const Tensor y = packed(base_linear(view.tensor, weight, bias));
+  const Tensor h = torch::stable::new_empty(y, {view.rows, adapters.params.rank}, sum_type(x));
+  LoraForward p{view.rows,
+                weight.size(1),
+                weight.size(0),
+                dtype_of(x),
+                view.tensor.const_data_ptr(),
+                view.row,
+                y.mutable_data_ptr(),
+                h.mutable_data_ptr(),
+                adapters.params,
+                adapters.dropout};
+  p.dtype == DType::kFloat64 ? lora_forward_plain(p, torch_threads())
+                             : lora_forward(p, torch_threads());
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+    const Tensor& lora_b, const Tensor& h, const std::optional<Tensor>& ids,
+    const std::optional<Tensor>& scalings, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, bool need_x, bool need_a, bool need_b) {
+  const RowView dy(grad), view(x);
+  const Adapters adapters(lora_a, lora_b, ids, scalings, scaling, dropout_p, seed, view.rows);
+  check_shapes(x, weight, adapters);
+  const Tensor dx =
+      need_x ? packed(torch::stable::matmul(dy.tensor, weight)) : torch::stable::new_empty(x, {0});
+  const Tensor da = empty_of(adapters.a, need_a), db = empty_of(adapters.b, need_b);
+  const Tensor kept = packed(h);
+  LoraBackward p{view.rows,
+                 weight.size(1),
+                 weight.size(0),
+                 dtype_of(x),
+                 view.tensor.const_data_ptr(),
+                 view.row,
+                 dy.tensor.const_data_ptr(),
+                 dy.row,
+                 kept.const_data_ptr(),
+                 need_x ? dx.mutable_data_ptr() : nullptr,
+                 need_a ? da.mutable_data_ptr() : nullptr,
+                 need_b ? db.mutable_data_ptr() : nullptr,
+                 adapters.params,
+                 adapters.dropout};
+  if (need_x || need_a || need_b) {
+    p.dtype == DType::kFloat64 ? lora_backward_plain(p, torch_threads())
+                               : lora_backward(p, torch_threads());
+  }
+  return {dx, da, db};
+}
+
+}  // namespace flashkern
