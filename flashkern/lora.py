@@ -86,7 +86,8 @@ def lora_linear_multi(
     """:func:`lora_linear` with an adapter of its own for each row: one call for a mixed batch.
 
     Row i gets ``scaling[n] * (x[i] @ A[n].T) @ B[n].T`` with ``n = adapter_ids[i]``, or nothing
-    on top of the base product where n is -1. It trains too: an adapter's gradient is summed over its rows.
+    on top of the base product where n is -1. It trains too: an adapter's gradient is summed over
+    its rows.
 
     Args:
         x: (..., in).
