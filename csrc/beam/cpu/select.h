@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,45 +16,71 @@ namespace flashkern::FK_ISA::topk {
 using beam::Candidate;
 using beam::Normaliser;
 
-// The k-th greatest (k from 1) of n numbers get(i): a radix select from the top digit down, 11 + 11
-// + 10 bits. It reads the list three times and writes nothing, whatever the values are.
-template <class Get>
-uint32_t kth_greatest(int64_t n, int64_t k, Get get) {
-  uint32_t prefix = 0, known = 0;  // the digits found so far, and which bits they are
-  for (const int shift : {21, 10, 0}) {
-    const uint32_t digit_mask = shift == 0 ? 0x3ffu : 0x7ffu;
-    uint32_t counts[2][2048] = {};  // two, so that equal neighbours do not wait for each other
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t value = get(i);
-      if ((value & known) == prefix) ++counts[i & 1][value >> shift & digit_mask];
+// The k-th greatest (k from 1) of some numbers. Each round spreads the range that is left over 1024 bins
+// and keeps the bin that holds the answer: one round for most lists, three at worst, whatever the values.
+inline uint32_t kth_greatest(std::vector<uint32_t> values, int64_t k) {
+  constexpr int kBits = 10;
+  for (;;) {
+    const auto [low, high] = std::minmax_element(values.begin(), values.end());
+    const uint32_t least = *low, range = *high - least;
+    if (range == 0) return least;
+    const int shift = std::max(0, static_cast<int>(std::bit_width(range)) - kBits);
+    uint32_t counts[1 << kBits] = {};
+    for (const uint32_t value : values) ++counts[(value - least) >> shift];
+    uint32_t bin = range >> shift;
+    for (; counts[bin] < k; --bin) k -= counts[bin];
+    if (shift == 0) return least + bin;
+    size_t kept = 0;
+    for (const uint32_t value : values) {
+      values[kept] = value;
+      kept += (value - least) >> shift == bin;
     }
-    uint32_t digit = digit_mask;
-    for (;; --digit) {
-      const int64_t here = static_cast<int64_t>(counts[0][digit]) + counts[1][digit];
-      if (here >= k) break;
-      k -= here;
-    }
-    prefix |= digit << shift;
-    known |= digit_mask << shift;
+    values.resize(kept);
   }
-  return prefix;
 }
-
-// Candidates in ascending flat order, in room reserved once.
-struct Candidates {
-  std::unique_ptr<Candidate[]> data;
-  int64_t count = 0;
-
-  void reserve(int64_t most) { data.reset(new Candidate[most]); }
-  void add(uint32_t ordered, int64_t flat_index) {
-    data[count++] = beam::candidate(ordered, static_cast<uint32_t>(flat_index));
-  }
-};
 
 // What passes: every score above the threshold; of those equal to it the first `ties`.
 struct Threshold {
   uint32_t ordered = 0;
   int64_t ties = 0;
+};
+
+inline uint32_t kth_greatest(const Candidate* candidates, int64_t n, int64_t k) {
+  std::vector<uint32_t> values(n);
+  for (int64_t i = 0; i < n; ++i) values[i] = beam::ordered_of(candidates[i]);
+  return kth_greatest(std::move(values), k);
+}
+
+// Keeps the k best of n > k candidates in flat order, in that order, and returns the score of the last.
+inline uint32_t keep_best(Candidate* candidates, int64_t n, int64_t k) {
+  const uint32_t last = kth_greatest(candidates, n, k);
+  int64_t ties = k, kept = 0;
+  for (int64_t i = 0; i < n; ++i) ties -= beam::ordered_of(candidates[i]) > last;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t value = beam::ordered_of(candidates[i]);
+    if (value > last || (value == last && ties-- > 0)) candidates[kept++] = candidates[i];
+  }
+  return last;
+}
+
+// Candidates in ascending flat order. When the room runs out, the k best stay and the threshold rises to
+// the last of them, which no later candidate beats by being equal.
+struct Candidates {
+  std::unique_ptr<Candidate[]> data;
+  int64_t count = 0, room = 0;
+
+  void reserve(int64_t most) {
+    room = most;
+    data.reset(new Candidate[most]);
+  }
+  void make_room(int64_t wanted, int64_t k, Threshold& threshold) {
+    if (count + wanted <= room) return;
+    threshold = {keep_best(data.get(), count, k), 0};
+    count = k;
+  }
+  void add(uint32_t ordered, int64_t flat_index) {
+    data[count++] = beam::candidate(ordered, static_cast<uint32_t>(flat_index));
+  }
 };
 
 // Adds the candidates of one chunk; `first` is the flat index of its first element.
@@ -68,12 +96,14 @@ void gather_chunk(const T* logits, int64_t count, int64_t first, const Normalise
   const VecF shift = broadcast(n.shift), log_sum = broadcast(n.log_sum);
   const VecF beam_score = broadcast(n.beam_score), masked = broadcast(-kInf);
   const VecF lowest = broadcast(beam::score_of(threshold.ordered));
+  const bool strict = threshold.ties <= 0;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const VecF x = load(logits + i);
     const VecF s = x == masked ? masked : beam::score(x, shift, log_sum, beam_score);
     // Not below, rather than above: NaN passes, and `consider` decides.
-    for (uint32_t rest = bits(~(s < lowest)); rest != 0; rest &= rest - 1) {
+    const VecI below = strict ? s <= lowest : s < lowest;
+    for (uint32_t rest = bits(~below); rest != 0; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       consider(to_float(logits[i + lane]), i + lane);
     }
@@ -91,15 +121,7 @@ inline std::vector<Candidate> best(const std::vector<Candidates>& lists, int64_t
   for (const auto& list : lists)
     all.insert(all.end(), list.data.get(), list.data.get() + list.count);
   if (total > k) {
-    const uint32_t last =
-        kth_greatest(total, k, [&](int64_t i) { return beam::ordered_of(all[i]); });
-    int64_t above = 0;
-    for (const Candidate c : all) above += beam::ordered_of(c) > last;
-    int64_t kept = 0, ties = k - above;
-    for (const Candidate c : all) {
-      const uint32_t value = beam::ordered_of(c);
-      if (value > last || (value == last && ties-- > 0)) all[kept++] = c;
-    }
+    keep_best(all.data(), total, k);
     all.resize(k);
   }
   std::sort(all.begin(), all.end(), std::greater<>());

@@ -130,7 +130,7 @@ class Topk {
     }
     const int64_t chunks = p.beams * plan.chunks;
     if (chunks >= p.k) {
-      row.threshold = kth_greatest(chunks, p.k, [&](int64_t i) { return row.chunk_best[i]; });
+      row.threshold = kth_greatest(row.chunk_best, p.k);
     }
   }
 
@@ -142,11 +142,13 @@ class Topk {
     const int64_t end = chunks * (segment + 1) / plan.segments;
     int64_t above = 0;
     for (int64_t i = begin; i < end; ++i) above += row.chunk_best[i] > row.threshold;
-    out.reserve(above * kChunk + p.k);
+    // The room that all could need, or enough that raising the threshold is rare.
+    out.reserve(std::min(above * kChunk + p.k, 4 * p.k + 8 * kChunk) + kChunk);
     Threshold threshold{row.threshold, p.k};
     for (int64_t i = begin; i < end; ++i) {
       const bool tie = row.chunk_best[i] == row.threshold && threshold.ties > 0;
       if (row.chunk_best[i] <= row.threshold && !tie) continue;
+      out.make_room(kChunk, p.k, threshold);
       const int64_t b = i / plan.chunks, first = i % plan.chunks * kChunk;
       gather_chunk(beam_logits(r * p.beams + b) + first, std::min(kChunk, p.vocab - first),
                    b * p.vocab + first, row.beams[b], threshold, out);
