@@ -1,14 +1,15 @@
 """transformers' beam search with flashkern's selection, for ``generate(custom_generate=...)``.
 
 The search keeps two sets for each prompt. ``running`` beams go on; ``finished`` ones hold the best
-hypotheses that met a stopping criterion, with their length-penalised scores. A step takes the best
-candidates of all running beams, moves those that just finished into the second set and the best of
-the others into the first. What transformers computes is kept to the letter, its large negative number
-for "not this one" included: where too few hypotheses finish, such numbers decide what is returned.
+hypotheses that met a stopping criterion, with their length-penalised scores. A step takes the
+best candidates of all running beams, moves those that just finished into the second set and the
+best of the others into the first. What transformers computes is kept to the letter, its large
+negative number for "not this one" included: where too few hypotheses finish, such numbers decide
+what is returned.
 
-Three things are done once instead of ``num_beams`` times: the prompt's forward pass (where the inputs
-allow it), the reordering of cross-attention caches (not at all: a prompt's beams share them), and the
-read of the logits (:func:`flashkern.beam_topk`, where no logits processor stands in the way).
+Done once instead of ``num_beams`` times: the prompt's forward pass (where the inputs allow it) and
+the read of the logits (:func:`flashkern.beam_topk`, where no logits processor stands in the way).
+Cross-attention caches are not reordered at all: the beams of a prompt share them.
 """
 
 from __future__ import annotations
@@ -39,26 +40,38 @@ def beam_search(
 ) -> Any:
     """Beam search for ``model.generate(..., num_beams=n, custom_generate=beam_search)``.
 
-    Gives the tokens, scores and beam indices of transformers' own beam search, sampled beams included
-    (the same seed draws the same beams). Logits processors act on log-probabilities, as they do there;
-    without any, and without ``output_scores`` or sampling, the selection is
-    :func:`flashkern.beam_topk`, which reads the logits once. Logger ``flashkern`` says at level DEBUG
-    which path runs.
+    Gives the tokens, scores and beam indices of transformers' own beam search, and the same draws
+    from the same seed with ``do_sample``. Logits processors act on log-probabilities, as they do
+    there; without any, and without ``output_scores`` or sampling, the selection is
+    :func:`flashkern.beam_topk`. The logger ``flashkern`` says at level DEBUG which path runs.
 
     Args:
         model: a generating model.
         input_ids: (batch * num_beams, length), each prompt repeated ``num_beams`` times.
-        logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs: what
-            ``generate`` hands over.
+        logits_processor: acts on (rows, V) float32 log-probabilities.
+        stopping_criteria: says of candidate sequences whether they end here.
+        generation_config: as prepared by ``generate``.
+        synced_gpus: go on with forward passes until every process has finished.
+        model_kwargs: the model's other inputs, one row for each beam.
 
     Returns:
         The sequences, or transformers' beam output where ``return_dict_in_generate`` asks for it.
 
     Raises:
-        ValueError: ``low_memory``, which transformers' beam search refuses too, or a cache that cannot
-            be reordered.
+        ValueError: ``low_memory``, which transformers' beam search refuses too, or a cache that
+            cannot be reordered.
 
     Source: transformers 5.23, ``GenerationMixin._beam_search``, whose results it reproduces.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
+        >>> model, prompt = GPT2LMHeadModel(config), torch.tensor([[5, 6, 7]])
+        >>> kwargs = dict(num_beams=4, max_new_tokens=5, pad_token_id=0, do_sample=False)
+        >>> ours = model.generate(prompt, custom_generate=beam_search, **kwargs)
+        >>> torch.equal(ours, model.generate(prompt, **kwargs))
+        True
     """
     config = generation_config
     if config.low_memory:
@@ -138,7 +151,7 @@ class _Search:
         self.all_hit = False
 
     def sequences(self, beams: _Beams | None = None, more: int = 0) -> Tensor:
-        """The running sequences (or those of ``beams``) as transformers sees them: (rows, length)."""
+        """The sequences so far of the running or the given beams: (rows, length)."""
         tokens = (self.running if beams is None else beams).tokens
         return tokens[:, :, : self.length + more].flatten(0, 1)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Model inputs with one row for each beam, and those without rows. A call with any other input runs as
-# transformers runs it.
+# Model inputs with one row for each beam, and those without rows. A call with any other input runs
+# as transformers runs it.
 _ROWS = ("attention_mask", "position_ids", "decoder_attention_mask", "token_type_ids")
 _PLAIN = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict")
 
