@@ -37,6 +37,21 @@ inline VecF exp2(VecF x) {
   return p * power_of_two(n.integer);
 }
 
+// 2^x for x <= 0, as a softmax needs it: 2 ulp, exactly 0 below -125, NaN stays. Cheaper than exp2: what
+// lies below the threshold may overflow on the way, since it is thrown away.
+inline VecF exp2_below_zero(VecF x) {
+  const VecF shifted = x + 0x1.8p23f;
+  const VecF f = x - (shifted - 0x1.8p23f);
+  VecF p = broadcast(1.3264723820611835e-3f);
+  p = fma(p, f, broadcast(9.671512991189957e-3f));
+  p = fma(p, f, broadcast(5.550733581185341e-2f));
+  p = fma(p, f, broadcast(2.4022242426872253e-1f));
+  p = fma(p, f, broadcast(6.931470036506653e-1f));
+  p = fma(p, f, broadcast(1.f));
+  const VecF scaled = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  return x < -125.f ? VecF{} : scaled;
+}
+
 // e^x to 2 ulp: x = n ln2 + r with ln2 in two parts, so large |x| loses nothing.
 inline VecF exp(VecF x) {
   const VecF low = broadcast(-88.1f), high = broadcast(88.8f);

@@ -30,11 +30,12 @@ inline Product multiply_wide(uint32_t m, VecU c) {
 #endif
 }
 
-// Words of columns [4 q, 4 (q + kLanes)) into out[4 * kLanes], in column order.
-inline void philox_block(uint64_t key, uint32_t q, uint32_t c1, uint32_t c2, uint32_t c3,
-                         uint32_t* out) {
-  VecU x0, x1 = VecU{} + c1, x2 = VecU{} + c2, x3 = VecU{} + c3;
-  for (int i = 0; i < kLanes; ++i) x0[i] = q + i;
+struct PhiloxWords {
+  VecU word[4];
+};
+
+// The four words of each lane's own counter.
+inline PhiloxWords philox_words(uint64_t key, VecU x0, VecU x1, VecU x2, VecU x3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const Product p0 = multiply_wide(kPhiloxM0, x0), p1 = multiply_wide(kPhiloxM1, x2);
@@ -45,11 +46,17 @@ inline void philox_block(uint64_t key, uint32_t q, uint32_t c1, uint32_t c2, uin
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
+  return {{x0, x1, x2, x3}};
+}
+
+// Words of columns [4 q, 4 (q + kLanes)) into out[4 * kLanes], in column order.
+inline void philox_block(uint64_t key, uint32_t q, uint32_t c1, uint32_t c2, uint32_t c3,
+                         uint32_t* out) {
+  VecU quads;
+  for (int i = 0; i < kLanes; ++i) quads[i] = q + i;
+  const PhiloxWords x = philox_words(key, quads, VecU{} + c1, VecU{} + c2, VecU{} + c3);
   for (int i = 0; i < kLanes; ++i) {
-    out[4 * i] = x0[i];
-    out[4 * i + 1] = x1[i];
-    out[4 * i + 2] = x2[i];
-    out[4 * i + 3] = x3[i];
+    for (int w = 0; w < 4; ++w) out[4 * i + w] = x.word[w][i];
   }
 }
 

@@ -1,0 +1,171 @@
+// The decode kernel's task: the few query rows of one KV head (its group of heads, times one or a few
+// new tokens) against one split of the cache, kDecodeKeys keys at a time:
+//
+//   scores [rows][128] = q K^T  ->  mask, online softmax along each row  ->  out [rows][E] += p V
+//
+// Each key and value is read from memory once for all rows, in place, page by page where the cache is
+// paged. Everything else is a few KiB: q, scores and out stay in L1.
+#pragma once
+
+#include "attention/cpu/dot.h"
+#include "attention/cpu/results.h"
+#include "attention/cpu/task.h"
+
+namespace flashkern::FK_ISA::attention {
+
+inline constexpr int64_t kDecodeKeys = kKeyBlock;
+
+inline int64_t whole_vectors(int64_t n) { return round_up(n, kLanes); }
+
+// One row's scores, keys along the lanes: the passes of scores.h turned by a quarter.
+class DecodeRow {
+ public:
+  DecodeRow(const HeadView& view, int64_t row)
+      : view_(view),
+        problem_(*view.problem),
+        batch_(view.sequence.batch),
+        query_(view.query_of(row)),
+        head_(view.head_of(row)),
+        seen_(view.band.keys(query_)) {}
+
+  // `s` has room for whole vectors; lanes past n become probabilities of 0. `spare` is as large.
+  void modify(float* s, float* spare, int64_t begin, int64_t n) const {
+    const int64_t count = whole_vectors(n);
+    for (int64_t j = n; j < count; ++j) s[j] = 0;
+    if (problem_.softcap > 0) apply_softcap(s, count, problem_.softcap);
+    if (problem_.alibi_slopes != nullptr) {
+      const float slope = alibi_slope(problem_, batch_, head_);
+      const int64_t diagonal = query_ + view_.band.offset - begin;
+      for (int64_t j = 0; j < n; ++j) {
+        s[j] -= slope * std::fabs(static_cast<float>(diagonal - j));
+      }
+    }
+    if (problem_.bias.kind != BiasKind::kNone) {
+      bias_row(problem_, batch_, head_, query_, begin, n, 1, spare);
+      for (int64_t j = 0; j < n; ++j) s[j] += spare[j];
+    }
+    for (int64_t j = 0; j < seen_.begin - begin && j < n; ++j) s[j] = -kInf;
+    for (int64_t j = std::max<int64_t>(seen_.end - begin, 0); j < n; ++j) s[j] = -kInf;
+    for (int64_t j = n; j < count; ++j) s[j] = -kInf;
+  }
+
+  // Returns the factor for what the row had accumulated.
+  static float softmax(float* s, int64_t n, RowState<float>& state) {
+    VecF top = broadcast(state.maximum);
+    for (int64_t j = 0; j < n; j += kLanes) top = max(load(s + j), top);
+    const float maximum = reduce_max(top);
+    const float base = exponent_base(maximum);
+    VecF total{};
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const VecF p = exp2_below_zero(load(s + j) - base);
+      total += p;
+      store(s + j, p);
+    }
+    const float factor = std::exp2(state.maximum - base);
+    state.maximum = maximum;
+    state.sum = state.sum * factor + reduce_add(total);
+    return factor;
+  }
+
+  // `begin` is a multiple of 4. `spare` holds the random words of n keys, rounded up.
+  void drop(float* s, float* spare, int64_t begin, int64_t n) const {
+    auto* words = reinterpret_cast<uint32_t*>(spare);
+    philox_row(problem_.seed, begin, n, static_cast<uint32_t>(query_),
+               static_cast<uint32_t>(head_), static_cast<uint32_t>(batch_), words);
+    const uint64_t threshold = dropout_threshold(problem_.dropout_p);
+    for (int64_t j = 0; j < n; ++j) s[j] = words[j] >= threshold ? s[j] : 0.f;
+  }
+
+ private:
+  const HeadView& view_;
+  const Problem& problem_;
+  int64_t batch_, query_, head_;
+  Interval seen_;
+};
+
+template <class T>
+class DecodeTask {
+ public:
+  DecodeTask(const ForwardParams& p, const HeadView& view, const TaskRange& range, Scratch& scratch)
+      : p_(p),
+        view_(view),
+        range_(range),
+        rows_(range.row_end - range.row_begin),
+        query_row_(whole_vectors(p.head_dim)),
+        out_row_(whole_vectors(p.value_dim)) {
+    scratch.reset(rows_ * (query_row_ + out_row_ + kDecodeKeys) + kDecodeKeys + 64);
+    queries_ = scratch.take(rows_ * query_row_);
+    out_ = scratch.take(rows_ * out_row_);
+    scores_ = scratch.take(rows_ * kDecodeKeys);
+    spare_ = scratch.take(kDecodeKeys);
+  }
+
+  void run() {
+    load_queries();
+    std::memset(out_, 0, rows_ * out_row_ * sizeof(float));
+    const Interval seen = view_.band.some_keys(view_.query_of(range_.row_begin),
+                                               view_.query_of(range_.row_end - 1) + 1);
+    const int64_t begin = std::max(seen.begin, range_.keys.begin) / 4 * 4;
+    const int64_t end = std::min(seen.end, range_.keys.end);
+    for (int64_t j = begin; j < end;) {
+      const int64_t next = std::min((j / kDecodeKeys + 1) * kDecodeKeys, end);
+      attend(j, next);
+      j = next;
+    }
+  }
+
+  template <class Fn>
+  void for_each_row(Fn&& fn) {
+    for (int64_t r = 0; r < rows_; ++r) fn(range_.row_begin + r, states_[r], out_ + r * out_row_);
+  }
+
+ private:
+  void load_queries() {
+    const float factor = query_factor(p_);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t row = range_.row_begin + r;
+      const T* from = row_of<T>(p_.query, view_.sequence, view_.sequence.q_start,
+                                view_.head_of(row), view_.query_of(row));
+      float* to = queries_ + r * query_row_;
+      for (int64_t d = 0; d < query_row_; ++d) {
+        to[d] = d < p_.head_dim ? to_float(from[d]) * factor : 0.f;
+      }
+    }
+  }
+
+  void attend(int64_t begin, int64_t end) {
+    const int64_t n = end - begin;
+    const KeyRows<T> keys(p_, p_.key, view_), values(p_, p_.value, view_);
+    for (int64_t j = begin; j < end;) {
+      const auto run = keys.run(j, end);
+      dot_scores<T>(rows_, queries_, query_row_, run.rows, keys.row, run.end - j, p_.head_dim,
+                    scores_ + (j - begin), kDecodeKeys);
+      j = run.end;
+    }
+    for (int64_t r = 0; r < rows_; ++r) {
+      const DecodeRow row(view_, range_.row_begin + r);
+      float* s = scores_ + r * kDecodeKeys;
+      row.modify(s, spare_, begin, n);
+      const float factor = DecodeRow::softmax(s, whole_vectors(n), states_[r]);
+      if (p_.dropout_p > 0) row.drop(s, spare_, begin, n);
+      if (factor == 1.f) continue;
+      float* out = out_ + r * out_row_;
+      for (int64_t e = 0; e < out_row_; e += kLanes) store(out + e, load(out + e) * factor);
+    }
+    for (int64_t j = begin; j < end;) {
+      const auto run = values.run(j, end);
+      weigh_values<T>(rows_, scores_ + (j - begin), kDecodeKeys, run.rows, values.row, run.end - j,
+                      p_.value_dim, out_, out_row_);
+      j = run.end;
+    }
+  }
+
+  const ForwardParams& p_;
+  const HeadView& view_;
+  const TaskRange& range_;
+  int64_t rows_, query_row_, out_row_;
+  float *queries_, *out_, *scores_, *spare_;
+  RowState<float> states_[kDecodeRows];
+};
+
+}  // namespace flashkern::FK_ISA::attention

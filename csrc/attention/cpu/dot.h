@@ -1,0 +1,144 @@
+// The two products of the decode kernel. Keys and values come straight from the cache, are widened in
+// registers and used for every query row: memory traffic, not arithmetic, sets the pace.
+//
+//   scores[r][j] = sum_d q[r][d] keys[j][d]      2 rows x 4 keys of dot products in registers
+//   out[r][e]   += sum_j p[r][j] values[j][e]    8 to 10 vectors of out in registers
+#pragma once
+
+#include "simd/vec.h"
+
+namespace flashkern::FK_ISA::attention {
+
+using Vec4 = float __attribute__((vector_size(16)));
+
+inline Vec4 quarter(VecF x, int i) {
+  Vec4 part;
+  std::memcpy(&part, reinterpret_cast<const char*>(&x) + 16 * i, 16);
+  return part;
+}
+
+// The sums of four vectors, side by side.
+inline Vec4 sum_lanes(VecF a, VecF b, VecF c, VecF d) {
+  Vec4 x[4] = {quarter(a, 0), quarter(b, 0), quarter(c, 0), quarter(d, 0)};
+  for (int i = 1; i < kLanes / 4; ++i) {
+    x[0] += quarter(a, i);
+    x[1] += quarter(b, i);
+    x[2] += quarter(c, i);
+    x[3] += quarter(d, i);
+  }
+  const Vec4 ab = __builtin_shufflevector(x[0], x[1], 0, 2, 4, 6) +
+                  __builtin_shufflevector(x[0], x[1], 1, 3, 5, 7);
+  const Vec4 cd = __builtin_shufflevector(x[2], x[3], 0, 2, 4, 6) +
+                  __builtin_shufflevector(x[2], x[3], 1, 3, 5, 7);
+  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+}
+
+// kRows rows of scores for kKeys (at most 4) keys. `q` rows are padded with zeros to whole vectors.
+template <class T, int kRows, int kKeys>
+inline void dot_tile(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t dim,
+                     float* scores, int64_t score_row) {
+  VecF acc[kRows][4] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    for (int j = 0; j < kKeys; ++j) {
+      const VecF key = load(keys + j * key_row + d);
+      for (int r = 0; r < kRows; ++r) acc[r][j] = fma(load(q + r * q_row + d), key, acc[r][j]);
+    }
+  }
+  if (kLanes > 8 && d < dim) {
+    const int tail = static_cast<int>(dim - d);
+    for (int j = 0; j < kKeys; ++j) {
+      const VecF key = load_partial(keys + j * key_row + d, tail);
+      for (int r = 0; r < kRows; ++r) acc[r][j] = fma(load(q + r * q_row + d), key, acc[r][j]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+    std::memcpy(scores + r * score_row, &sums, kKeys * sizeof(float));
+  }
+}
+
+template <class T, int kRows>
+inline void dot_rows(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t count,
+                     int64_t dim, float* scores, int64_t score_row) {
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    dot_tile<T, kRows, 4>(q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
+  }
+  for (; j < count; ++j) {
+    dot_tile<T, kRows, 1>(q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
+  }
+}
+
+template <class T>
+inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const T* keys, int64_t key_row,
+                       int64_t count, int64_t dim, float* scores, int64_t score_row) {
+  for (; rows >= 2; rows -= 2, q += 2 * q_row, scores += 2 * score_row) {
+    dot_rows<T, 2>(q, q_row, keys, key_row, count, dim, scores, score_row);
+  }
+  if (rows > 0) dot_rows<T, 1>(q, q_row, keys, key_row, count, dim, scores, score_row);
+}
+
+// kRows x kVecs vectors of out, over `count` keys.
+template <class T, int kRows, int kVecs>
+inline void weigh_tile(const float* p, int64_t p_row, const T* values, int64_t value_row,
+                       int64_t count, float* out, int64_t out_row) {
+  VecF acc[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = load(out + r * out_row + v * kLanes);
+  }
+  for (int64_t j = 0; j < count; ++j, values += value_row) {
+    VecF weight[kRows];
+    for (int r = 0; r < kRows; ++r) weight[r] = broadcast(p[r * p_row + j]);
+    for (int v = 0; v < kVecs; ++v) {
+      const VecF value = load(values + v * kLanes);
+      for (int r = 0; r < kRows; ++r) acc[r][v] = fma(weight[r], value, acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) store(out + r * out_row + v * kLanes, acc[r][v]);
+  }
+}
+
+// The last lanes of a value row that is no whole number of vectors (AVX-512 alone). `out` is padded.
+template <class T>
+inline void weigh_tail(const float* p, const T* values, int64_t value_row, int64_t count, int tail,
+                       float* out) {
+  VecF acc = load(out);
+  for (int64_t j = 0; j < count; ++j) {
+    acc = fma(broadcast(p[j]), load_partial(values + j * value_row, tail), acc);
+  }
+  store(out, acc);
+}
+
+template <class T, int kRows, int kVecs>
+inline void weigh_rows(const float* p, int64_t p_row, const T* values, int64_t value_row,
+                       int64_t count, int64_t dim, float* out, int64_t out_row) {
+  int64_t e = 0;
+  for (; e + kVecs * kLanes <= dim; e += kVecs * kLanes) {
+    weigh_tile<T, kRows, kVecs>(p, p_row, values + e, value_row, count, out + e, out_row);
+  }
+  for (; e + kLanes <= dim; e += kLanes) {
+    weigh_tile<T, kRows, 1>(p, p_row, values + e, value_row, count, out + e, out_row);
+  }
+  for (int r = 0; r < kRows && e < dim; ++r) {
+    weigh_tail(p + r * p_row, values + e, value_row, count, static_cast<int>(dim - e),
+               out + r * out_row + e);
+  }
+}
+
+// `out` rows are padded to whole vectors.
+template <class T>
+inline void weigh_values(int64_t rows, const float* p, int64_t p_row, const T* values,
+                         int64_t value_row, int64_t count, int64_t dim, float* out,
+                         int64_t out_row) {
+  for (; rows >= 4; rows -= 4, p += 4 * p_row, out += 4 * out_row) {
+    weigh_rows<T, 4, 2>(p, p_row, values, value_row, count, dim, out, out_row);
+  }
+  for (; rows >= 2; rows -= 2, p += 2 * p_row, out += 2 * out_row) {
+    weigh_rows<T, 2, 4>(p, p_row, values, value_row, count, dim, out, out_row);
+  }
+  if (rows > 0) weigh_rows<T, 1, 8>(p, p_row, values, value_row, count, dim, out, out_row);
+}
+
+}  // namespace flashkern::FK_ISA::attention

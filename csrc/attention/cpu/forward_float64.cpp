@@ -1,0 +1,112 @@
+// Attention forward in float64: one row at a time, one key at a time, in the order of the definition.
+// For gradcheck and for tests; every feature of the float32 kernels, none of their speed.
+#include <cmath>
+#include <vector>
+
+#include "attention/cpu/forward.h"
+#include "attention/cpu/rows.h"
+#include "attention/plan.h"
+#include "attention/softmax.h"
+#include "philox.h"
+
+namespace flashkern::FK_ISA {
+namespace attention {
+namespace {
+
+double bias_value(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  const Bias& bias = p.bias;
+  const int64_t at = b * bias.batch + h * bias.head + i * bias.row + j * bias.column;
+  switch (bias.kind) {
+    case BiasKind::kNone:
+      return 0;
+    case BiasKind::kBool:
+      return static_cast<const bool*>(bias.data)[at] ? 0 : -std::numeric_limits<double>::infinity();
+    case BiasKind::kFloat32:
+      return static_cast<const float*>(bias.data)[at];
+    default:
+      return static_cast<const double*>(bias.data)[at];
+  }
+}
+
+bool keeps(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  const Philox4 words = philox(p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i),
+                               static_cast<uint32_t>(h), static_cast<uint32_t>(b));
+  return words.word[j % 4] >= dropout_threshold(p.dropout_p);
+}
+
+class Row {
+ public:
+  Row(const ForwardParams& p, const HeadView& view, int64_t head, int64_t query)
+      : p_(p), view_(view), head_(head), query_(query), out_(p.value_dim) {}
+
+  void attend(const double* query) {
+    const KeyRows<double> keys(p_, p_.key, view_), values(p_, p_.value, view_);
+    const Interval seen = view_.band.keys(query_);
+    for (int64_t j = seen.begin; j < seen.end; ++j) {
+      double dot = 0;
+      const double* key = keys.run(j, j + 1).rows;
+      for (int64_t d = 0; d < p_.head_dim; ++d) dot += query[d] * key[d];
+      add(score(dot, j), values.run(j, j + 1).rows, j);
+    }
+  }
+
+  void finish(double* out, double* lse) {
+    const bool blind = state_.maximum == -std::numeric_limits<double>::infinity();
+    double factor = p_.dropout_p > 0 && p_.dropout_p < 1 ? 1 / (1 - double(p_.dropout_p)) : 1;
+    if (p_.sinks_double != nullptr) factor *= add_sink(state_, p_.sinks_double[head_] * kLog2e);
+    factor *= inverse_sum(state_.sum);
+    for (int64_t e = 0; e < p_.value_dim; ++e) out[e] = blind ? 0 : out_[e] * factor;
+    *lse = log_sum_exp(state_);
+  }
+
+ private:
+  double score(double dot, int64_t j) const {
+    double s = dot * double(p_.scale);
+    if (p_.softcap > 0) s = p_.softcap * std::tanh(s / p_.softcap);
+    const int64_t b = view_.sequence.batch;
+    if (p_.alibi_slopes != nullptr) {
+      const double slope = p_.alibi_slopes[b * p_.alibi_batch + head_ * p_.alibi_head];
+      s -= slope * std::fabs(double(query_ + view_.band.offset - j));
+    }
+    return (s + bias_value(p_, b, head_, query_, j)) * kLog2e;
+  }
+
+  void add(double s, const double* value, int64_t j) {
+    const double maximum = state_.maximum < s ? s : state_.maximum;
+    const double base = exponent_base(maximum);
+    const double factor = std::exp2(state_.maximum - base), weight = std::exp2(s - base);
+    state_.maximum = maximum;
+    state_.sum = state_.sum * factor + weight;
+    const bool kept = p_.dropout_p == 0 || keeps(p_, view_.sequence.batch, head_, query_, j);
+    for (int64_t e = 0; e < p_.value_dim; ++e) {
+      out_[e] = out_[e] * factor + (kept ? weight * value[e] : 0);
+    }
+  }
+
+  const ForwardParams& p_;
+  const HeadView& view_;
+  int64_t head_, query_;
+  RowState<double> state_;
+  std::vector<double> out_;
+};
+
+}  // namespace
+}  // namespace attention
+
+void attention_forward_float64(const flashkern::attention::ForwardParams& p,
+                               const Threads& threads) {
+  using namespace attention;
+  threads.run(p.batch * p.heads, [&](int64_t task, int) {
+    const int64_t b = task / p.heads, head = task % p.heads;
+    const HeadView view(p, sequence_of(p, b), head / p.group());
+    const Sequence& s = view.sequence;
+    for (int64_t i = 0; i < s.q_length; ++i) {
+      Row row(p, view, head, i);
+      row.attend(row_of<double>(p.query, s, s.q_start, head, i));
+      double* lse = static_cast<double*>(p.lse.data) + b * p.lse.batch + head * p.lse.head;
+      row.finish(row_of<double>(p.output, s, head, i), lse + s.q_start + i);
+    }
+  });
+}
+
+}  // namespace flashkern::FK_ISA

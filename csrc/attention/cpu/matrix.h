@@ -1,0 +1,134 @@
+// The matrix kernel's task: up to kMaxTaskRows query rows of one KV head against one run of keys.
+//
+// Memory of a thread (floats; D = head_dim, E = value_dim, M = rows of the task):
+//   queries   D x M     packed once, transposed, times scale * log2(e)
+//   out       M x E     accumulators, one panel of kPanel rows after the other
+//   scores    128 x kPanel, twice where there is a bias
+//   staged    128 x (D + E), only where keys and values are not float32 rows (bfloat16, pages)
+// With D = E = 64 and M = 128 that is 64 KiB, beside 64 KiB of keys and values: half of an L2 of
+// 256 KiB. Scores never leave L1.
+#pragma once
+
+#include "attention/cpu/panel.h"
+#include "attention/cpu/results.h"
+#include "attention/cpu/task.h"
+
+namespace flashkern::FK_ISA::attention {
+
+// Keys [begin, end) as rows of floats: in place, or widened and gathered into `staged`.
+struct StagedRows {
+  const float* data;
+  int64_t row;
+};
+
+template <class T>
+inline StagedRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
+                             float* staged) {
+  if constexpr (std::is_same_v<T, float>) {
+    const auto run = from.run(begin, end);
+    if (run.end == end) return {run.rows, from.row};
+  }
+  float* out = staged;
+  for (int64_t j = begin; j < end;) {
+    const auto run = from.run(j, end);
+    const T* row = run.rows;
+    for (; j < run.end; ++j, row += from.row, out += dim) {
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d));
+      if (d < dim) {
+        const int tail = static_cast<int>(dim - d);
+        store_partial(out + d, load_partial(row + d, tail), tail);
+      }
+    }
+  }
+  return {staged, dim};
+}
+
+// Queries of one panel, transposed to [head_dim][kPanel].
+template <class T>
+inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
+  const Problem& p = *view.problem;
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const T* from = row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[lane],
+                              rows.query[lane]);
+    for (int64_t d = 0; d < p.head_dim; ++d) out[d * kPanel + lane] = to_float(from[d]) * factor;
+  }
+}
+
+template <class T>
+class MatrixTask {
+ public:
+  MatrixTask(const ForwardParams& p, const HeadView& view, const TaskRange& range, Scratch& scratch)
+      : p_(p), view_(view), range_(range) {
+    panels_ = static_cast<int>(ceil_div(range.row_end - range.row_begin, kPanel));
+    const int64_t query_size = p.head_dim * kPanel, out_size = p.value_dim * kPanel;
+    const bool bias = p.bias.kind != BiasKind::kNone;
+    const int64_t tile = kKeyBlock * kPanel;
+    scratch.reset(panels_ * (query_size + out_size) + 2 * tile +
+                  kKeyBlock * (p.head_dim + p.value_dim));
+    queries_ = scratch.take(panels_ * query_size);
+    out_ = scratch.take(panels_ * out_size);
+    tile_.scores = scratch.take(tile);
+    tile_.bias = bias ? scratch.take(tile) : nullptr;
+    staged_keys_ = scratch.take(kKeyBlock * p.head_dim);
+    staged_values_ = scratch.take(kKeyBlock * p.value_dim);
+  }
+
+  void run() {
+    for (int i = 0; i < panels_; ++i) {
+      rows_[i].set(view_, range_.row_begin + i * kPanel, range_.row_end);
+      states_[i].reset();
+      pack_queries<T>(view_, rows_[i], query_factor(p_), queries(i));
+    }
+    const Interval seen = view_.band.some_keys(rows_[0].first_query,
+                                               rows_[panels_ - 1].last_query + 1);
+    const int64_t begin = std::max(seen.begin, range_.keys.begin);
+    const int64_t end = std::min(seen.end, range_.keys.end);
+    for (int64_t j = begin / kKeyBlock * kKeyBlock; j < end; j += kKeyBlock) {
+      attend_block(j, std::min(j + kKeyBlock, end));
+    }
+  }
+
+  // fn(row, state, accumulators) for every row of the task.
+  template <class Fn>
+  void for_each_row(Fn&& fn) {
+    for (int i = 0; i < panels_; ++i) {
+      for (int lane = 0; lane < rows_[i].count; ++lane) {
+        const RowState<float> state{states_[i].maximum[lane], states_[i].sum[lane]};
+        fn(range_.row_begin + i * kPanel + lane, state, out(i) + lane * p_.value_dim);
+      }
+    }
+  }
+
+ private:
+  void attend_block(int64_t begin, int64_t end) {
+    // Starts at a multiple of 4 keys, for the dropout's counters.
+    const int64_t first = std::max(view_.band.first_key(rows_[0].first_query), begin) / 4 * 4;
+    const auto keys = stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim,
+                                 staged_keys_);
+    const auto values = stage_rows(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim,
+                                   staged_values_);
+    const KeyTile tile{keys.data, values.data, keys.row, values.row, first};
+    for (int i = 0; i < panels_; ++i) {
+      const Interval seen =
+          view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
+      const int64_t from = std::max(seen.begin / 4 * 4, first), to = std::min(seen.end, end);
+      if (from >= to) continue;
+      attend_panel(view_, rows_[i], tile, from, to, queries(i), states_[i], out(i), tile_);
+    }
+  }
+
+  float* queries(int i) { return queries_ + i * p_.head_dim * kPanel; }
+  float* out(int i) { return out_ + i * p_.value_dim * kPanel; }
+
+  const ForwardParams& p_;
+  const HeadView& view_;
+  const TaskRange& range_;
+  int panels_;
+  PanelRows rows_[kMaxTaskRows / kPanel];
+  PanelState states_[kMaxTaskRows / kPanel];
+  float *queries_, *out_, *staged_keys_, *staged_values_;
+  PanelScratch tile_;
+};
+
+}  // namespace flashkern::FK_ISA::attention

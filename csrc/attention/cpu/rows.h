@@ -1,0 +1,98 @@
+// Who the query rows of a panel are. The heads of a group share keys and values, so their rows are
+// packed together, query by query: row r of a KV head is query r / group of head kv_head * group +
+// r % group. Neighbours then lie on the same diagonal, and one read of a key serves the whole group.
+#pragma once
+
+#include "attention/mask.h"
+#include "attention/params.h"
+#include "simd/gemm.h"
+
+namespace flashkern::FK_ISA::attention {
+
+using namespace flashkern::attention;
+
+inline constexpr int kPanel = kGemmCols;  // query rows in the lanes of two vectors
+
+// One KV head of one sequence.
+struct HeadView {
+  const Problem* problem;
+  Sequence sequence;
+  Band band;
+  int64_t kv_head;
+
+  HeadView(const Problem& p, const Sequence& s, int64_t kv_head)
+      : problem(&p), sequence(s), band(p, s), kv_head(kv_head) {}
+
+  int64_t query_of(int64_t row) const { return row / problem->group(); }
+  int64_t head_of(int64_t row) const {
+    return kv_head * problem->group() + row % problem->group();
+  }
+};
+
+template <class T>
+inline const T* row_of(const Matrix& m, const Sequence& s, int64_t start, int64_t head,
+                       int64_t row) {
+  return static_cast<const T*>(m.data) + s.batch * m.batch + head * m.head + (start + row) * m.row;
+}
+template <class T>
+inline T* row_of(const Output& m, const Sequence& s, int64_t head, int64_t row) {
+  return static_cast<T*>(m.data) + s.batch * m.batch + head * m.head + (s.q_start + row) * m.row;
+}
+
+// The keys (or values) of one KV head, contiguous or in pages.
+template <class T>
+struct KeyRows {
+  const T* data;
+  int64_t row;
+  const int32_t* pages = nullptr;
+  int64_t page_stride = 0, page_size = 0;
+
+  KeyRows(const Problem& p, const Matrix& m, const HeadView& head)
+      : data(static_cast<const T*>(m.data) + head.kv_head * m.head), row(m.row) {
+    if (p.page_table != nullptr) {
+      pages = p.page_table + head.sequence.batch * p.page_table_row;
+      page_stride = m.batch;
+      page_size = p.page_size;
+    } else {
+      data += head.sequence.batch * m.batch + head.sequence.k_start * m.row;
+    }
+  }
+
+  // The rows from key j on that lie one `row` apart: where they start, and where they end.
+  struct Run {
+    const T* rows;
+    int64_t end;
+  };
+  Run run(int64_t j, int64_t end) const {
+    if (pages == nullptr) return {data + j * row, end};
+    const int64_t page = j / page_size, slot = j % page_size;
+    const int64_t page_end = (page + 1) * page_size;
+    return {data + pages[page] * page_stride + slot * row, end < page_end ? end : page_end};
+  }
+};
+
+// The lanes of one panel. Lanes past the last row repeat it: they are computed and thrown away.
+struct PanelRows {
+  int count = 0;
+  int64_t first_query = 0, last_query = 0;
+  alignas(64) int32_t query[kPanel];
+  alignas(64) int32_t head[kPanel];
+  alignas(64) int32_t first_key[kPanel];
+  alignas(64) int32_t end_key[kPanel];
+
+  void set(const HeadView& view, int64_t begin, int64_t end) {
+    count = static_cast<int>(end - begin < kPanel ? end - begin : kPanel);
+    first_query = view.query_of(begin);
+    last_query = view.query_of(begin + count - 1);
+    for (int lane = 0; lane < kPanel; ++lane) {
+      const int64_t row = begin + (lane < count ? lane : count - 1);
+      const int64_t i = view.query_of(row);
+      query[lane] = static_cast<int32_t>(i);
+      head[lane] = static_cast<int32_t>(view.head_of(row));
+      first_key[lane] = static_cast<int32_t>(view.band.first_key(i));
+      end_key[lane] = static_cast<int32_t>(view.band.end_key(i));
+    }
+  }
+};
+
+}  // namespace flashkern::FK_ISA::attention
