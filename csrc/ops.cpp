@@ -6,6 +6,7 @@
 #include <string>
 
 #include "simd/isa.h"
+#include "torch/attention.h"
 #include "torch/beam.h"
 #include "torch/lora.h"
 
@@ -25,6 +26,17 @@ std::string cpu_isa(std::string name) {
 
 STABLE_TORCH_LIBRARY(flashkern, m) {
   m.def("cpu_isa(str name=\"\") -> str");
+
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? page_table, Tensor? seed, SymInt max_seqlen_q, "
+      "SymInt max_seqlen_k, int alignment, int window_left, int window_right, float scale, "
+      "float softcap, float dropout_p) -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+      "Tensor cache_lengths, Tensor? page_table) -> ()");
+
   m.def(
       "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None) "
       "-> (Tensor scores, Tensor tokens, Tensor parents, Tensor logsumexp_out)");
@@ -44,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward_cpu));
+  m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv_cpu));
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk_cpu));
   m.impl("lora_linear", TORCH_BOX(&flashkern::lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&flashkern::lora_linear_backward));

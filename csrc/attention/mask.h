@@ -1,5 +1,6 @@
 // Which keys a query row may see. Everything a mask says without reading a tensor is an interval of
-// keys that moves right, one key for each row; blocks outside are skipped, blocks inside need no test.
+// keys that moves right, one key for each row; blocks outside are skipped, blocks inside need no
+// test.
 #pragma once
 
 #include <algorithm>
@@ -43,8 +44,8 @@ struct Interval {
   int64_t size() const { return empty() ? 0 : end - begin; }
 };
 
-// The mask of one sequence. Both ends of keys(i) grow with i, so the first and the last row of a block
-// of rows bound all of it.
+// The mask of one sequence. Both ends of keys(i) grow with i, so the first and the last row of a
+// block of rows bound all of it.
 struct Band {
   int64_t q_length, k_length, offset, left, right;  // left, right: -1 for unbounded
 

@@ -1,5 +1,5 @@
-// What an attention kernel is told: plain structs, filled by csrc/torch/attention*.cpp. Strides count
-// elements; the last dimension of every matrix has stride 1 (bias apart).
+// What an attention kernel is told: plain structs, filled by csrc/torch/attention*.cpp. Strides
+// count elements; the last dimension of every matrix has stride 1 (bias apart).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 namespace flashkern::attention {
 
 // A stack of matrices: row r of head h in batch b starts at data + b * batch + h * head + r * row.
-// Packed (varlen) tensors have batch = 0: their rows are counted from cu_seqlens[b]. A paged cache has
-// `batch` = the stride of a page; page_table says which page holds which keys.
+// Packed (varlen) tensors have batch = 0: their rows are counted from cu_seqlens[b]. A paged cache
+// has `batch` = the stride of a page; page_table says which page holds which keys.
 struct Matrix {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
@@ -21,7 +21,8 @@ struct Output {
   int64_t batch = 0, head = 0, row = 0;
 };
 
-// One number for each row: lse, delta. Rows have stride 1; float32, or float64 beside float64 inputs.
+// One number for each row: lse, delta. Rows have stride 1; float32, or float64 beside float64
+// inputs.
 struct RowValues {
   void* data = nullptr;
   int64_t batch = 0, head = 0;
@@ -55,15 +56,15 @@ struct Problem {
   Alignment alignment = Alignment::kTopLeft;
   int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal is window_right = 0
 
-  float scale = 1.f;
-  float softcap = 0.f;  // 0: none
+  double scale = 1;
+  double softcap = 0;  // 0: none
   Bias bias;
   const float* alibi_slopes = nullptr;
   int64_t alibi_batch = 0, alibi_head = 0;
-  const float* sinks = nullptr;         // (heads,), for float32 arithmetic
+  const float* sinks = nullptr;          // (heads,), for float32 arithmetic
   const double* sinks_double = nullptr;  // the same for float64
 
-  float dropout_p = 0.f;
+  double dropout_p = 0;
   uint64_t seed = 0;
 
   int64_t group() const { return heads / kv_heads; }

@@ -1,6 +1,6 @@
-// Which kernel a sequence gets, how it is cut into tasks, and how much work that is. Plain functions of
-// the shape: never of the thread count, and never of the other sequences of a batch, so that a row's
-// result is the same bits whatever runs beside it.
+// Which kernel a sequence gets, how it is cut into tasks, and how much work that is. Plain
+// functions of the shape: never of the thread count, and never of the other sequences of a batch,
+// so that a row's result is the same bits whatever runs beside it.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +11,16 @@
 
 namespace flashkern::attention {
 
-// Keys of one step of the online softmax. 128 keys by 16 queries of scores are 8 KiB: they stay in L1
-// between the two products.
+// Keys of one step of the online softmax. 128 keys by 16 queries of scores are 8 KiB: they stay in
+// L1 between the two products.
 inline constexpr int64_t kKeyBlock = 128;
 
-// Up to this many query rows of a KV head (its heads times their queries) the kernel streams the cache
-// with dot products; above it, query rows fill the lanes of the matrix kernel.
+// Up to this many query rows of a KV head (its heads times their queries) the kernel streams the
+// cache with dot products; above it, query rows fill the lanes of the matrix kernel.
 inline constexpr int64_t kDecodeRows = 8;
 
-// Rows of the matrix kernel's task: packed queries, outputs and a block of keys and values fit half of
-// an L2 of 512 KiB. A multiple of 32, the widest panel.
+// Rows of the matrix kernel's task: packed queries, outputs and a block of keys and values fit half
+// of an L2 of 512 KiB. A multiple of 32, the widest panel.
 inline constexpr int64_t kMaxTaskRows = 128;
 inline constexpr int64_t kMinTaskRows = 64;
 

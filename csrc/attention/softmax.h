@@ -1,6 +1,6 @@
 // The arithmetic of a row's softmax that every kernel and every merge shares. A row in progress is
-// (maximum, sum): its probabilities are 2^(s - maximum) / sum with s in units of log2, so exp2 does the
-// work and scale * log2(e) is folded into the queries.
+// (maximum, sum): its probabilities are 2^(s - maximum) / sum with s in units of log2, so exp2 does
+// the work and scale * log2(e) is folded into the queries.
 //
 // Milakov and Gimelshein: Online normalizer calculation for softmax (2018).
 // Dao: FlashAttention-2 (2023), section 3.1; the merge of parts is Flash-Decoding's.
@@ -18,10 +18,13 @@ template <class Real>
 struct RowState {
   Real maximum = -std::numeric_limits<Real>::infinity();
   Real sum = 0;
+
+  // Attends to nothing so far: no accumulator of the row means anything. (All NaN is not nothing.)
+  bool blind() const { return maximum == -std::numeric_limits<Real>::infinity() && sum == 0; }
 };
 
-// The reference point of the exponentials. A row that has seen nothing but -inf keeps its maximum of
-// -inf and takes its exponentials from 0: each is 0, and none is NaN.
+// The reference point of the exponentials. A row that has seen nothing but -inf keeps its maximum
+// of -inf and takes its exponentials from 0: each is 0, and none is NaN.
 template <class Real>
 inline Real exponent_base(Real maximum) {
   return maximum == -std::numeric_limits<Real>::infinity() ? Real(0) : maximum;

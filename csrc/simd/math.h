@@ -37,8 +37,8 @@ inline VecF exp2(VecF x) {
   return p * power_of_two(n.integer);
 }
 
-// 2^x for x <= 0, as a softmax needs it: 2 ulp, exactly 0 below -125, NaN stays. Cheaper than exp2: what
-// lies below the threshold may overflow on the way, since it is thrown away.
+// 2^x for x <= 0, as a softmax needs it: 2 ulp, exactly 0 below -125, NaN stays. Cheaper than exp2:
+// what lies below the threshold may overflow on the way, since it is thrown away.
 inline VecF exp2_below_zero(VecF x) {
   const VecF shifted = x + 0x1.8p23f;
   const VecF f = x - (shifted - 0x1.8p23f);

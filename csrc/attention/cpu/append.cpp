@@ -1,5 +1,5 @@
-// Copies new keys and values into a cache: row t of batch b goes to token cache_lengths[b] + t of its
-// sequence, wherever the pages put that. Bytes are moved, so one kernel serves every dtype.
+// Copies new keys and values into a cache: row t of batch b goes to token cache_lengths[b] + t of
+// its sequence, wherever the pages put that. Bytes are moved, so one kernel serves every dtype.
 #include <cstring>
 
 #include "attention/cpu/forward.h"

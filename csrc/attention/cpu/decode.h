@@ -1,10 +1,10 @@
-// The decode kernel's task: the few query rows of one KV head (its group of heads, times one or a few
-// new tokens) against one split of the cache, kDecodeKeys keys at a time:
+// The decode kernel's task: the few query rows of one KV head (its group of heads, times one or a
+// few new tokens) against one split of the cache, kDecodeKeys keys at a time:
 //
 //   scores [rows][128] = q K^T  ->  mask, online softmax along each row  ->  out [rows][E] += p V
 //
-// Each key and value is read from memory once for all rows, in place, page by page where the cache is
-// paged. Everything else is a few KiB: q, scores and out stay in L1.
+// Each key and value is read from memory once for all rows, in place, page by page where the cache
+// is paged. Everything else is a few KiB: q, scores and out stay in L1.
 #pragma once
 
 #include "attention/cpu/dot.h"
@@ -70,8 +70,8 @@ class DecodeRow {
   // `begin` is a multiple of 4. `spare` holds the random words of n keys, rounded up.
   void drop(float* s, float* spare, int64_t begin, int64_t n) const {
     auto* words = reinterpret_cast<uint32_t*>(spare);
-    philox_row(problem_.seed, begin, n, static_cast<uint32_t>(query_),
-               static_cast<uint32_t>(head_), static_cast<uint32_t>(batch_), words);
+    philox_row(problem_.seed, begin, n, static_cast<uint32_t>(query_), static_cast<uint32_t>(head_),
+               static_cast<uint32_t>(batch_), words);
     const uint64_t threshold = dropout_threshold(problem_.dropout_p);
     for (int64_t j = 0; j < n; ++j) s[j] = words[j] >= threshold ? s[j] : 0.f;
   }

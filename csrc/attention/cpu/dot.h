@@ -1,5 +1,5 @@
-// The two products of the decode kernel. Keys and values come straight from the cache, are widened in
-// registers and used for every query row: memory traffic, not arithmetic, sets the pace.
+// The two products of the decode kernel. Keys and values come straight from the cache, are widened
+// in registers and used for every query row: memory traffic, not arithmetic, sets the pace.
 //
 //   scores[r][j] = sum_d q[r][d] keys[j][d]      2 rows x 4 keys of dot products in registers
 //   out[r][e]   += sum_j p[r][j] values[j][e]    8 to 10 vectors of out in registers
@@ -100,7 +100,8 @@ inline void weigh_tile(const float* p, int64_t p_row, const T* values, int64_t v
   }
 }
 
-// The last lanes of a value row that is no whole number of vectors (AVX-512 alone). `out` is padded.
+// The last lanes of a value row that is no whole number of vectors (AVX-512 alone). `out` is
+// padded.
 template <class T>
 inline void weigh_tail(const float* p, const T* values, int64_t value_row, int64_t count, int tail,
                        float* out) {

@@ -1,9 +1,10 @@
 // Attention forward on a CPU, float32 arithmetic: out = softmax(mask(scale Q K^T)) V, and lse.
 //
-// A task is (sequence, KV head, rows, split of the keys). Rows in tens and hundreds go to the matrix
-// kernel (matrix.h, panel.h); the few rows of a decoding step stream the cache with dot products
-// (decode.h). Where the keys of a sequence are split, each task leaves its part of each row, and the
-// last one of a KV head's rows to finish merges them in order. plan.h decides all of it from the shape.
+// A task is (sequence, KV head, rows, split of the keys). Rows in tens and hundreds go to the
+// matrix kernel (matrix.h, panel.h); the few rows of a decoding step stream the cache with dot
+// products (decode.h). Where the keys of a sequence are split, each task leaves its part of each
+// row, and the last one of a KV head's rows to finish merges them in order. plan.h decides all of
+// it from the shape.
 //
 // Memory beyond inputs and outputs: O(tile) for a thread, and the parts of split rows (at most
 // kSplitRows of a KV head).
@@ -48,8 +49,11 @@ class Launch {
 
     const int64_t begin = row_task * plan.task_rows;
     const int64_t first_key = plan.first_key + split * plan.split_keys;
-    TaskRange range{begin, std::min(begin + plan.task_rows, plan.rows),
-                    {first_key, first_key + plan.split_keys}, -1, plan.splits};
+    TaskRange range{begin,
+                    std::min(begin + plan.task_rows, plan.rows),
+                    {first_key, first_key + plan.split_keys},
+                    -1,
+                    plan.splits};
     if (s.first_part >= 0) {
       range.first_part = s.first_part + (view.kv_head * plan.rows + begin) * plan.splits + split;
     }
@@ -90,9 +94,9 @@ class Launch {
   }
 
   const SequenceTasks& sequence_of_task(int64_t task) const {
-    const auto after = std::upper_bound(
-        sequences_.begin(), sequences_.end(), task,
-        [](int64_t t, const SequenceTasks& s) { return t < s.first_task; });
+    const auto after =
+        std::upper_bound(sequences_.begin(), sequences_.end(), task,
+                         [](int64_t t, const SequenceTasks& s) { return t < s.first_task; });
     return *(after - 1);
   }
 

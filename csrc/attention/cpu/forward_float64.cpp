@@ -1,5 +1,6 @@
-// Attention forward in float64: one row at a time, one key at a time, in the order of the definition.
-// For gradcheck and for tests; every feature of the float32 kernels, none of their speed.
+// Attention forward in float64: one row at a time, one key at a time, in the order of the
+// definition. For gradcheck and for tests; every feature of the float32 kernels, none of their
+// speed.
 #include <cmath>
 #include <vector>
 
@@ -7,7 +8,7 @@
 #include "attention/cpu/rows.h"
 #include "attention/plan.h"
 #include "attention/softmax.h"
-#include "philox.h"
+#include "dropout.h"
 
 namespace flashkern::FK_ISA {
 namespace attention {
@@ -51,8 +52,8 @@ class Row {
   }
 
   void finish(double* out, double* lse) {
-    const bool blind = state_.maximum == -std::numeric_limits<double>::infinity();
-    double factor = p_.dropout_p > 0 && p_.dropout_p < 1 ? 1 / (1 - double(p_.dropout_p)) : 1;
+    const bool blind = state_.blind();
+    double factor = p_.dropout_p < 1 ? 1 / (1 - p_.dropout_p) : 0;
     if (p_.sinks_double != nullptr) factor *= add_sink(state_, p_.sinks_double[head_] * kLog2e);
     factor *= inverse_sum(state_.sum);
     for (int64_t e = 0; e < p_.value_dim; ++e) out[e] = blind ? 0 : out_[e] * factor;
@@ -61,7 +62,7 @@ class Row {
 
  private:
   double score(double dot, int64_t j) const {
-    double s = dot * double(p_.scale);
+    double s = dot * p_.scale;
     if (p_.softcap > 0) s = p_.softcap * std::tanh(s / p_.softcap);
     const int64_t b = view_.sequence.batch;
     if (p_.alibi_slopes != nullptr) {

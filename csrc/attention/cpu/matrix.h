@@ -49,8 +49,8 @@ template <class T>
 inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
   const Problem& p = *view.problem;
   for (int lane = 0; lane < kPanel; ++lane) {
-    const T* from = row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[lane],
-                              rows.query[lane]);
+    const T* from =
+        row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[lane], rows.query[lane]);
     for (int64_t d = 0; d < p.head_dim; ++d) out[d * kPanel + lane] = to_float(from[d]) * factor;
   }
 }
@@ -80,8 +80,8 @@ class MatrixTask {
       states_[i].reset();
       pack_queries<T>(view_, rows_[i], query_factor(p_), queries(i));
     }
-    const Interval seen = view_.band.some_keys(rows_[0].first_query,
-                                               rows_[panels_ - 1].last_query + 1);
+    const Interval seen =
+        view_.band.some_keys(rows_[0].first_query, rows_[panels_ - 1].last_query + 1);
     const int64_t begin = std::max(seen.begin, range_.keys.begin);
     const int64_t end = std::min(seen.end, range_.keys.end);
     for (int64_t j = begin / kKeyBlock * kKeyBlock; j < end; j += kKeyBlock) {
@@ -104,14 +104,13 @@ class MatrixTask {
   void attend_block(int64_t begin, int64_t end) {
     // Starts at a multiple of 4 keys, for the dropout's counters.
     const int64_t first = std::max(view_.band.first_key(rows_[0].first_query), begin) / 4 * 4;
-    const auto keys = stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim,
-                                 staged_keys_);
-    const auto values = stage_rows(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim,
-                                   staged_values_);
+    const auto keys =
+        stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim, staged_keys_);
+    const auto values =
+        stage_rows(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim, staged_values_);
     const KeyTile tile{keys.data, values.data, keys.row, values.row, first};
     for (int i = 0; i < panels_; ++i) {
-      const Interval seen =
-          view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
+      const Interval seen = view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
       const int64_t from = std::max(seen.begin / 4 * 4, first), to = std::min(seen.end, end);
       if (from >= to) continue;
       attend_panel(view_, rows_[i], tile, from, to, queries(i), states_[i], out(i), tile_);

@@ -10,10 +10,10 @@
 //   in place,    scores            probabilities, same 8 KiB
 //   broadcast
 //
-// Scores are held transposed. Keys are then the broadcast operand of the first product and values the
-// vector operand of the second, so neither is packed: float32 caches are read where they lie. The
-// softmax runs down the lanes without a horizontal step, and the running maximum and sum of 16 rows
-// are two vectors each.
+// Scores are held transposed. Keys are then the broadcast operand of the first product and values
+// the vector operand of the second, so neither is packed: float32 caches are read where they lie.
+// The softmax runs down the lanes without a horizontal step, and the running maximum and sum of 16
+// rows are two vectors each.
 #pragma once
 
 #include "attention/cpu/scores.h"

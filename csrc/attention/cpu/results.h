@@ -1,6 +1,6 @@
-// From a row's accumulators to its output and lse, and the merge of a row's parts where the keys were
-// split. Parts are merged in the order of their keys, by whichever thread finishes last, so the bits
-// never depend on the threads.
+// From a row's accumulators to its output and lse, and the merge of a row's parts where the keys
+// were split. Parts are merged in the order of their keys, by whichever thread finishes last, so
+// the bits never depend on the threads.
 #pragma once
 
 #include "attention/cpu/scores.h"
@@ -24,7 +24,7 @@ template <class T>
 inline void finish_row(const ForwardParams& p, const HeadView& view, int64_t row,
                        RowState<float> state, const float* accumulated) {
   const int64_t query = view.query_of(row), head = view.head_of(row);
-  const bool blind = state.maximum == -kInf;  // attends to nothing: its accumulators may be anything
+  const bool blind = state.blind();
   float factor = keep_factor(p.dropout_p);
   if (p.sinks != nullptr) {
     factor *= add_sink(state, p.sinks[head] * static_cast<float>(kLog2e));
@@ -54,7 +54,7 @@ class Parts {
   }
   void set(int64_t part, RowState<float> state, const float* from) {
     float* p = accumulated(part);
-    if (state.maximum == -kInf) {
+    if (state.blind()) {
       std::memset(p, 0, value_dim_ * sizeof(float));
     } else {
       std::memcpy(p, from, value_dim_ * sizeof(float));

@@ -1,6 +1,7 @@
 // Who the query rows of a panel are. The heads of a group share keys and values, so their rows are
 // packed together, query by query: row r of a KV head is query r / group of head kv_head * group +
-// r % group. Neighbours then lie on the same diagonal, and one read of a key serves the whole group.
+// r % group. Neighbours then lie on the same diagonal, and one read of a key serves the whole
+// group.
 #pragma once
 
 #include "attention/mask.h"
@@ -24,9 +25,7 @@ struct HeadView {
       : problem(&p), sequence(s), band(p, s), kv_head(kv_head) {}
 
   int64_t query_of(int64_t row) const { return row / problem->group(); }
-  int64_t head_of(int64_t row) const {
-    return kv_head * problem->group() + row % problem->group();
-  }
+  int64_t head_of(int64_t row) const { return kv_head * problem->group() + row % problem->group(); }
 };
 
 template <class T>

@@ -1,5 +1,5 @@
-// What happens to scores between the product Q K^T and the exponential: softcap, ALiBi, bias, masks;
-// and dropout after it. Scores are in units of log2 (log2(e) is folded into every term).
+// What happens to scores between the product Q K^T and the exponential: softcap, ALiBi, bias,
+// masks; and dropout after it. Scores are in units of log2 (log2(e) is folded into every term).
 //
 // Panel<> variants hold a tile as [key][kPanel]: one vector is one key seen by kLanes rows.
 // Each step is a pass of its own over a tile in L1, and plain attention takes none of them.
@@ -22,10 +22,10 @@ inline VecF absolute(VecF x) { return bits_to_float(float_to_bits(x) & 0x7ffffff
 
 // What queries are multiplied by, so that a score needs no scaling of its own.
 inline float query_factor(const Problem& p) {
-  return p.softcap > 0 ? p.scale / p.softcap : static_cast<float>(p.scale * kLog2e);
+  return static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
 }
 
-inline void apply_softcap(float* s, int64_t count, float softcap) {
+inline void apply_softcap(float* s, int64_t count, double softcap) {
   const float factor = static_cast<float>(softcap * kLog2e);
   for (int64_t i = 0; i < count; i += kLanes) store(s + i, tanh(load(s + i)) * factor);
 }
@@ -136,10 +136,12 @@ inline VecF keep(VecU word, uint64_t threshold, VecF x) {
   if (threshold >> 32) return VecF{};
   return word >= static_cast<uint32_t>(threshold) ? x : VecF{};
 }
-inline float keep_factor(float dropout_p) { return dropout_p < 1.f ? 1.f / (1.f - dropout_p) : 0; }
+inline float keep_factor(double dropout_p) {
+  return dropout_p < 1 ? static_cast<float>(1 / (1 - dropout_p)) : 0.f;
+}
 
-// Zeros the probabilities that dropout removes. The factor 1 / (1 - p) waits for the end. `begin` is a
-// multiple of 4: four keys share a counter.
+// Zeros the probabilities that dropout removes. The factor 1 / (1 - p) waits for the end. `begin`
+// is a multiple of 4: four keys share a counter.
 inline void apply_dropout(float* s, int64_t begin, int64_t n, const HeadView& view,
                           const PanelRows& rows) {
   const Problem& p = *view.problem;

@@ -1,5 +1,5 @@
-// Working memory of a thread, kept from call to call: a kernel never pays for fresh pages, and what it
-// holds is O(tile).
+// Working memory of a thread, kept from call to call: a kernel never pays for fresh pages, and what
+// it holds is O(tile).
 #pragma once
 
 #include <cstdint>

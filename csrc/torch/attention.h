@@ -1,0 +1,40 @@
+// Attention: stable-ABI adapters of the forward pass and of the cache append. The schemas are in
+// csrc/ops.cpp, the meaning of each argument in flashkern/attention.py.
+#pragma once
+
+#include <tuple>
+
+#include "attention/params.h"
+#include "torch/tensor.h"
+
+namespace flashkern {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The arguments that the forward and the backward pass share.
+struct AttentionArguments {
+  const Tensor &query, &key, &value;
+  const OptionalTensor &bias, &alibi_slopes, &sinks, &kv_lengths, &cu_seqlens_q, &cu_seqlens_k,
+      &page_table, &seed;
+  int64_t max_seqlen_q, max_seqlen_k, alignment, window_left, window_right;
+  double scale, softcap, dropout_p;
+};
+
+void fill_problem(attention::Problem& p, const AttentionArguments& a);
+
+// A dense (batch, heads, rows, dim) tensor, or a packed (rows, heads, dim) one.
+attention::Matrix matrix_of(const Tensor& t);
+attention::Output output_of(const Tensor& t);
+attention::RowValues row_values_of(const Tensor& t);  // (batch, heads, rows) or (heads, rows)
+
+std::tuple<Tensor, Tensor> attention_forward_cpu(
+    Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t alignment, int64_t window_left,
+    int64_t window_right, double scale, double softcap, double dropout_p);
+
+void attention_append_kv_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
+                             Tensor cache_lengths, OptionalTensor page_table);
+
+}  // namespace flashkern
