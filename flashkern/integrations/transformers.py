@@ -137,7 +137,7 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         # Gemma 4 drops queries before its last layers, and then relies on the mask's rows.
         if kind.startswith("gemma4"):
             kwargs["never_none"] = True
-        if _patches.computes_attention(type(config)):
+        if _patches.computes_attention(config.__class__):
             raise NotImplementedError(
                 f"transformers: the model must use the attention interface, got {kind!r}, which "
                 f"computes attention by itself: load it with attn_implementation='eager' and call "

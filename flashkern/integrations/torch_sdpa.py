@@ -1,0 +1,257 @@
+"""flashkern behind ``torch.nn.functional.scaled_dot_product_attention`` on the CPU.
+
+    >>> import flashkern.integrations.torch_sdpa as fks
+    >>> fks.enable()
+    >>> torch.nn.attention.current_flash_attention_impl()
+    'flashkern'
+    >>> x = torch.randn(1, 2, 5, 16)
+    >>> torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    torch.Size([1, 2, 5, 16])
+    >>> fks.disable()
+
+`enable` makes flashkern the active implementation in torch.nn.attention's registry. Two levels of the
+dispatcher change, for CPU tensors only:
+
+- ``aten::scaled_dot_product_attention``: a call goes straight to flashkern, bool masks, dropout and
+  a value head_dim of its own included, for which torch would run its unfused math.
+- ``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward: what torch.compile and
+  torch.export leave of a call. Compiled code follows `enable` and `disable` without being
+  compiled again.
+
+What flashkern does not compute still runs on torch's own kernels, with a line in the debug log that
+says why: see `reason_for_torch`. A ``torch.nn.attention.sdpa_kernel`` context that leaves out
+FLASH_ATTENTION is obeyed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import attention as torch_attention
+
+import flashkern
+from flashkern.integrations._padding import LARGEST, pad_head_dim
+
+__all__ = ["NAME", "disable", "enable", "reason_for_torch"]
+
+NAME = "flashkern"
+_log = logging.getLogger("flashkern")
+
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def reason_for_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = True,
+) -> str | None:
+    """Why a call of scaled_dot_product_attention stays on torch's own kernels; None if it does not.
+
+    Example:
+        >>> x = torch.randn(1, 2, 5, 512)
+        >>> reason_for_torch(x, x, x)
+        'head_dim is 512, above 256'
+    """
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        return "query, key and value are not all of 4 dimensions"
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in _DTYPES:
+        return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > LARGEST:
+        return f"head_dim is {max(query.shape[-1], value.shape[-1])}, above {LARGEST}"
+    if any(x.numel() == 0 for x in (query, key, value)):
+        return "a tensor is empty"
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+        return "batch or sequence sizes need broadcasting"
+    if heads != kv_heads and (not enable_gqa or heads % kv_heads):
+        return f"{heads} query heads on {kv_heads} key heads"
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return f"the mask's dtype is {attn_mask.dtype}"
+    return None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool = False,
+) -> Any:
+    value_dim = value.shape[-1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    result = flashkern.attention(
+        *pad_head_dim(query, key, value),
+        causal="top_left" if is_causal else False,
+        scale=scale,
+        bias=attn_mask,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+    )
+    if return_lse:
+        return result[0][..., :value_dim], result[1]
+    return result[..., :value_dim]
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """aten::scaled_dot_product_attention for CPU tensors."""
+    ours = torch.backends.cuda.flash_sdp_enabled()  # false inside sdpa_kernel([MATH])
+    # Tensors of a tracer, a DTensor: torch's own decomposition leads to the fused operators below.
+    if ours and all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)):
+        reason = reason_for_torch(query, key, value, attn_mask, options.get("enable_gqa", False))
+        if reason is None and attn_mask is not None and is_causal:
+            reason = "a mask and is_causal are both given"
+        if reason is None:
+            return _attend(
+                query, key, value, attn_mask, dropout_p, is_causal, options.get("scale")
+            )
+        _log.debug("scaled_dot_product_attention: torch's own kernel runs: %s", reason)
+    return _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+
+def _like(values: Tensor, size: torch.Size, order: tuple[int, ...]) -> Tensor:
+    """`values` in the memory layout that torch's kernel has, which compiled code relies on."""
+    out = torch.empty_permuted(size, order, dtype=values.dtype, device=values.device)
+    return values if out.stride() == values.stride() else out.copy_(values)
+
+
+class _Handle:
+    """The registrations, which last as long as the library object; the registry calls `remove`."""
+
+    def __init__(self) -> None:
+        self._forward = torch.library.get_kernel(_FUSED, "CPU")
+        self._backward = torch.library.get_kernel(_FUSED_BACKWARD, "CPU")
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            for key in ("CPU", "AutogradCPU"):
+                library.impl(_SDPA, _sdpa, key)
+            library.impl(_FUSED, self.fused, "CPU", with_keyset=True)
+            library.impl(_FUSED_BACKWARD, self.fused_backward, "CPU", with_keyset=True)
+        self._library: torch.library.Library | None = library
+
+    def remove(self) -> None:
+        self._library = None
+        _log.info("torch %s: scaled_dot_product_attention is torch's own again", torch.__version__)
+
+    def fused(
+        self,
+        keys: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        **newer: Any,
+    ) -> Any:
+        """aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
+        reason = self._reason(query, key, value, attn_mask, dropout_p, newer)
+        if reason is not None:
+            _log.debug("%s: torch's own kernel runs: %s", _FUSED.name(), reason)
+            call = (query, key, value, dropout_p, is_causal)
+            return self._forward.call_boxed(
+                keys, *call, attn_mask=attn_mask, scale=scale, **newer
+            )
+        with torch.no_grad():
+            out, lse = _attend(query, key, value, attn_mask, 0.0, is_causal, scale, True)
+            expected = torch.empty_like(query)
+            if out.stride() != expected.stride():
+                out = expected.copy_(out)
+            return out, _like(lse, lse.shape, (0, 2, 1))
+
+    def fused_backward(
+        self,
+        keys: Any,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        dropout_p: float,
+        is_causal: bool,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        **newer: Any,
+    ) -> Any:
+        """aten::_scaled_dot_product_flash_attention_for_cpu_backward: three gradients."""
+        reason = self._reason(query, key, value, attn_mask, dropout_p, newer)
+        if reason is not None:
+            call = (grad_out, query, key, value, out, logsumexp, dropout_p, is_causal)
+            return self._backward.call_boxed(
+                keys, *call, attn_mask=attn_mask, scale=scale, **newer
+            )
+        with torch.no_grad():
+            grads = _gradients(
+                grad_out, query, key, value, out, logsumexp, is_causal, attn_mask, scale
+            )
+            sizes = (query.shape, key.shape, value.shape)
+            return tuple(
+                _like(grad[..., : size[-1]], size, (0, 2, 1, 3))
+                for grad, size in zip(grads, sizes, strict=True)
+            )
+
+    @staticmethod
+    def _reason(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        newer: dict[str, Any],
+    ) -> str | None:
+        unknown = sorted(name for name, given in newer.items() if given)
+        if unknown:
+            return f"arguments {', '.join(unknown)} are new"
+        if dropout_p:
+            return "the operator returns no random state for its backward pass"
+        return reason_for_torch(query, key, value, attn_mask)
+
+
+def enable() -> None:
+    """Runs flashkern behind scaled_dot_product_attention for CPU tensors, in this process.
+
+    Raises:
+        ImportError: this torch has no registry of flash attention implementations.
+    """
+    needs = {
+        "torch.nn.attention.activate_flash_attention_impl": hasattr(
+            torch_attention, "activate_flash_attention_impl"
+        ),
+        "torch.library.get_kernel": hasattr(torch.library, "get_kernel"),
+    }
+    missing = [name for name, found in needs.items() if not found]
+    if missing:
+        raise ImportError(f"torch_sdpa: torch must have {missing[0]}, got torch {torch.__version__}")
+    torch_attention.register_flash_attention_impl(NAME, register_fn=_Handle)
+    torch_attention.activate_flash_attention_impl(NAME)
+    _log.info("torch %s: scaled_dot_product_attention on CPU runs flashkern", torch.__version__)
+
+
+def disable() -> None:
+    """Gives scaled_dot_product_attention back to torch; does nothing when not enabled."""
+    if torch_attention.current_flash_attention_impl() == NAME:
+        torch_attention.restore_flash_attention_impl()
