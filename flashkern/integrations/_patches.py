@@ -33,6 +33,7 @@ _log = logging.getLogger("flashkern")
 NAME = "fkern_patched"
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def computes_attention(config_class: Any) -> bool:
     """True when the configuration's model computes attention without transformers' interface."""

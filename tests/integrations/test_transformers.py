@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,10 @@ ATTENTIONS = {"bart": 6, "marian": 6, "t5": 6, "whisper": 6}  # calls in one for
 @pytest.fixture(scope="module", autouse=True)
 def enabled() -> Iterator[None]:
     fkt.enable()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny
     yield
+    torch.set_num_threads(threads)
     fkt.disable()
 
 
@@ -43,8 +47,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
+@functools.cache
 def pair(name: str) -> tuple[Any, Any]:
-    """The same random model twice: as its authors run it, and on flashkern."""
+    """The same random model twice, as its authors run it and on flashkern: not to be changed."""
     tiny: Tiny = MODELS[name]
     theirs = tiny.build(tiny.oracle).eval()
     ours = tiny.build(tiny.oracle if tiny.patched else fkt.NAME).eval()
@@ -59,8 +64,9 @@ def output(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> None:
-    error = ((got - expected) * real.bool().unsqueeze(-1)).abs().max().item()
-    assert error <= 2e-5 * max(1.0, expected.abs().max().item())
+    real = real.bool().expand(got.shape[:2])
+    error = (got[real] - expected[real]).abs().max().item()
+    assert error <= 2e-5 * max(1.0, expected[real].abs().max().item())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,6 +113,7 @@ def test_gradients_equal_the_models_own(name: str) -> None:
         given, real = inputs(MODELS[name].kind)
     grads = []
     for model in pair(name):
+        model.zero_grad()
         out = output(model, given) * real.bool().unsqueeze(-1)
         (out * torch.linspace(-1, 1, out.shape[-1])).mean().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -121,12 +128,8 @@ def test_gradients_equal_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bloom"])
 def test_dropout_follows_the_seed_of_torch(name: str, calls: list[dict[str, Any]]) -> None:
-    _, ours = pair(name)
-    ours.train()
+    ours = copy.deepcopy(pair(name)[1]).train()
     given, _ = inputs(MODELS[name].kind)
-    for module in ours.modules():  # dropout inside attention alone
-        if type(module) is torch.nn.Dropout and "att" not in type(module).__name__:
-            continue
 
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -135,8 +138,7 @@ def test_dropout_follows_the_seed_of_torch(name: str, calls: list[dict[str, Any]
     with torch.no_grad():
         assert torch.equal(run(1), run(1))
         assert not torch.equal(run(1), run(2))
-    if name != "bloom":  # its default is no dropout
-        assert all(call["dropout_p"] == 0.1 for call in calls)
+    assert all(call["dropout_p"] == 0.1 for call in calls)
 
 
 def test_causal_masks_reach_the_kernel_as_arguments(calls: list[dict[str, Any]]) -> None:
@@ -237,18 +239,15 @@ def test_head_dims_that_are_no_multiple_of_eight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "t5", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "t5", "bloom"])
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
     given, real = inputs(MODELS[name].kind, "right")
-    theirs, ours = pair(name)
+    theirs, ours = copy.deepcopy(pair(name))
     with torch.no_grad():
-        exact = output(theirs.double(), given)
-        expected = output(theirs.to(dtype), given).double()
-        got = output(ours.to(dtype), given).double()
-    real = real.bool().unsqueeze(-1)
-    error = ((got - exact) * real).norm()
-    reference = ((expected - exact) * real).norm()
-    assert error <= 2 * reference + 1e-4 * (exact * real).norm()
+        exact = output(theirs.double(), given)[real.bool()]
+        expected = output(theirs.to(dtype), given)[real.bool()].double()
+        got = output(ours.to(dtype), given)[real.bool()].double()
+    assert (got - exact).norm() <= 2 * (expected - exact).norm() + 1e-6 * exact.norm()
 
 
 def test_autocast() -> None:
@@ -260,8 +259,8 @@ def test_autocast() -> None:
 
 
 def test_compiled_models() -> None:
-    theirs, ours = pair("llama")
+    theirs, ours = pair("gpt2")
     given, real = inputs("decoder", "right")
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_same(compiled(**given).logits, theirs(**given).logits, real)

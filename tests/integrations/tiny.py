@@ -208,7 +208,14 @@ MODELS: dict[str, Tiny] = {
     ),
     "bloom": Tiny(
         hf.BloomForCausalLM,
-        lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=48, n_layer=2, n_head=6, **TOKENS),
+        lambda: hf.BloomConfig(
+            vocab_size=VOCAB,
+            hidden_size=48,
+            n_layer=2,
+            n_head=6,
+            attention_dropout=0.1,
+            **TOKENS,
+        ),
         "decoder",
         patched=True,
     ),
