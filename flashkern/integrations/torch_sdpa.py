@@ -9,8 +9,8 @@
     torch.Size([1, 2, 5, 16])
     >>> fks.disable()
 
-`enable` makes flashkern the active implementation in torch.nn.attention's registry. Two levels of the
-dispatcher change, for CPU tensors only:
+`enable` makes flashkern the active implementation in torch.nn.attention's registry. Two levels of
+the dispatcher change, for CPU tensors only:
 
 - ``aten::scaled_dot_product_attention``: a call goes straight to flashkern, bool masks, dropout and
   a value head_dim of its own included, for which torch would run its unfused math.
@@ -34,6 +34,8 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 
 import flashkern
+from flashkern import _attention_args as args
+from flashkern._attention_ops import BACKWARD
 from flashkern.integrations._padding import LARGEST, pad_head_dim
 
 __all__ = ["NAME", "disable", "enable", "reason_for_torch"]
@@ -74,7 +76,9 @@ def reason_for_torch(
         return "batch or sequence sizes need broadcasting"
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
         return f"{heads} query heads on {kv_heads} key heads"
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+    if attn_mask is not None and not (
+        attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
+    ):
         return f"the mask's dtype is {attn_mask.dtype}"
     return None
 
@@ -104,6 +108,33 @@ def _attend(
     return result[..., :value_dim]
 
 
+def _gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What aten's backward operator returns, from what its forward operator kept."""
+    rows, columns = query.shape[2], key.shape[2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    shape = args.Shape(query.shape[0], query.shape[1], rows, columns)
+    bias = args.bias_argument("attention", attn_mask, query, shape)
+    band = args.band("attention", "top_left" if is_causal else False, None, own_length=False)
+    grad_out, query, key, value, out = map(
+        args.contiguous_last, pad_head_dim(grad_out, query, key, value, out)
+    )
+    grads = BACKWARD(
+        grad_out, None, query, key, value, out, lse.contiguous(), bias, *[None] * 6,
+        rows, columns, *band, scale, 0.0, 0.0, False,
+    )  # fmt: skip
+    return grads[:3]
+
+
 def _sdpa(
     query: Tensor,
     key: Tensor,
@@ -121,9 +152,7 @@ def _sdpa(
         if reason is None and attn_mask is not None and is_causal:
             reason = "a mask and is_causal are both given"
         if reason is None:
-            return _attend(
-                query, key, value, attn_mask, dropout_p, is_causal, options.get("scale")
-            )
+            return _attend(query, key, value, attn_mask, dropout_p, is_causal, options.get("scale"))
         _log.debug("scaled_dot_product_attention: torch's own kernel runs: %s", reason)
     return _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
@@ -171,9 +200,7 @@ class _Handle:
         if reason is not None:
             _log.debug("%s: torch's own kernel runs: %s", _FUSED.name(), reason)
             call = (query, key, value, dropout_p, is_causal)
-            return self._forward.call_boxed(
-                keys, *call, attn_mask=attn_mask, scale=scale, **newer
-            )
+            return self._forward.call_boxed(keys, *call, attn_mask=attn_mask, scale=scale, **newer)
         with torch.no_grad():
             out, lse = _attend(query, key, value, attn_mask, 0.0, is_causal, scale, True)
             expected = torch.empty_like(query)
@@ -201,12 +228,10 @@ class _Handle:
         reason = self._reason(query, key, value, attn_mask, dropout_p, newer)
         if reason is not None:
             call = (grad_out, query, key, value, out, logsumexp, dropout_p, is_causal)
-            return self._backward.call_boxed(
-                keys, *call, attn_mask=attn_mask, scale=scale, **newer
-            )
+            return self._backward.call_boxed(keys, *call, attn_mask=attn_mask, scale=scale, **newer)
         with torch.no_grad():
             grads = _gradients(
-                grad_out, query, key, value, out, logsumexp, is_causal, attn_mask, scale
+                grad_out, query, key, value, out, logsumexp, attn_mask, is_causal, scale
             )
             sizes = (query.shape, key.shape, value.shape)
             return tuple(
@@ -245,7 +270,9 @@ def enable() -> None:
     }
     missing = [name for name, found in needs.items() if not found]
     if missing:
-        raise ImportError(f"torch_sdpa: torch must have {missing[0]}, got torch {torch.__version__}")
+        raise ImportError(
+            f"torch_sdpa: torch must have {missing[0]}, got torch {torch.__version__}"
+        )
     torch_attention.register_flash_attention_impl(NAME, register_fn=_Handle)
     torch_attention.activate_flash_attention_impl(NAME)
     _log.info("torch %s: scaled_dot_product_attention on CPU runs flashkern", torch.__version__)

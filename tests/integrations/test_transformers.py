@@ -122,7 +122,11 @@ def test_gradients_equal_the_models_own(name: str) -> None:
     largest = max(grad.abs().max().item() for grad in expected.values())
     for parameter, grad in expected.items():
         torch.testing.assert_close(
-            got[parameter], grad, rtol=2e-3, atol=1e-5 * largest, msg=lambda m, p=parameter: f"{p}: {m}"
+            got[parameter],
+            grad,
+            rtol=2e-3,
+            atol=1e-5 * largest,
+            msg=lambda text, name=parameter: f"{name}: {text}",
         )
 
 
