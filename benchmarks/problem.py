@@ -31,7 +31,8 @@ class Problem:
     own_exact: bool = False  # each contender has its own exact result (dropout masks)
     facts: dict[str, Any] = field(default_factory=dict)  # into the JSON beside each result
     units: dict[str, float] = field(default_factory=dict)  # work per call: {"tokens": 512}
-    quality: Callable[[Any], dict[str, Any]] | None = None  # of a contender's result
+    # What a contender (by name) computed, from its result: {"perplexity": "12.34"}.
+    quality: Callable[[str, Any], dict[str, Any]] | None = None
 
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

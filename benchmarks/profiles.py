@@ -207,7 +207,7 @@ _FULL_BEAM = tuple(
     for v in (8192, 32000, 128256, 151936)
 )
 
-_MODELS = ("perplexity", "generate", "embed", "finetune", "transcribe")
+_MODELS = ("first_token", "generate", "finetune", "embed", "transcribe")  # models/tasks.py
 
 PROFILES = {
     "quick": Profile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ def _judge(problem: Problem) -> dict[str, dict[str, Any]]:
         contender.prepare()
         result = contender.call()
         if problem.quality is not None:
-            facts["quality"] = problem.quality(result)
+            facts["quality"] = problem.quality(contender.name, result)
         if problem.exact is None:
             continue
         results = contender.unpack(result)
@@ -105,15 +105,15 @@ class Bench:
         return self._last[1]
 
     def measure_problem(
-        self, name: str, problem: Problem, facts: dict[str, Any], missing: dict[str, str]
+        self, name: str, build: Callable[[], Problem], facts: dict[str, Any]
     ) -> Measured:
-        """The same for a problem that is ready (a model's task), with the models' budget."""
+        """The same for a problem that is no case of an operator, with the models' budget."""
         if self._last is None or self._last[0] != name:
+            self._last = None
             self._tell("begin", name)
             facts = facts | {"threads": self.threads, "scaling": False}
             seconds = self.profile.model_seconds * self.scale
-            measured = self._run(name, problem, facts, seconds, 3)
-            measured.missing = missing
+            measured = self._run(name, build(), facts, seconds, 3)
             self._keep(name, measured)
         assert self._last is not None
         return self._last[1]
