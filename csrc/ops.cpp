@@ -7,6 +7,7 @@
 
 #include "simd/isa.h"
 #include "torch/attention.h"
+#include "torch/attention_backward.h"
 #include "torch/beam.h"
 #include "torch/lora.h"
 
@@ -34,6 +35,14 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
       "SymInt max_seqlen_k, int alignment, int window_left, int window_right, float scale, "
       "float softcap, float dropout_p) -> (Tensor output, Tensor lse)");
   m.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor output, Tensor lse, Tensor? bias, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? kv_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, int alignment, int window_left, "
+      "int window_right, float scale, float softcap, float dropout_p, bool bias_needs_grad) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, "
+      "Tensor grad_sinks)");
+  m.def(
       "attention_append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
       "Tensor cache_lengths, Tensor? page_table) -> ()");
 
@@ -57,6 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&flashkern::attention_backward_cpu));
   m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv_cpu));
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk_cpu));
   m.impl("lora_linear", TORCH_BOX(&flashkern::lora_linear));

@@ -75,6 +75,24 @@ struct ForwardParams : Problem {
   RowValues lse;
 };
 
+// The gradient of a bias that wants one: contiguous, float32 (float64 beside float64 inputs), zeros
+// on entry. Strides are 0 where the bias is broadcast: those elements sum up.
+struct BiasGradient {
+  void* data = nullptr;  // nullptr: not wanted
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+struct BackwardParams : Problem {
+  Matrix output, grad_output;
+  RowValues lse, grad_lse;  // grad_lse.data is nullptr where nothing depends on lse
+  RowValues delta;          // working memory, shaped as lse
+  Output grad_query, grad_key, grad_value;
+  Output query_sums;  // float32 zeros, contiguous; grad_query itself for float32 and float64
+  int64_t query_elements = 0;  // of grad_query
+  BiasGradient grad_bias;
+  void* grad_sinks = nullptr;  // (heads,), float32 or float64
+};
+
 // Keys and values appended to a cache in place, new row t of batch b at cache_lengths[b] + t.
 struct AppendParams {
   int64_t batch = 0, kv_heads = 0, rows = 0;

@@ -1,0 +1,197 @@
+// The working memory of a backward task, and the arithmetic on one tile of rows x keys.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/cpu/scores.h"
+#include "attention/cpu/scratch.h"
+
+namespace flashkern::FK_ISA::attention {
+
+// A tile's rows and keys are multiples of the micro-GEMM's own, so that no product has a remainder:
+// 96 = 16 * kGemmRows = 6 * kGemmCols on AVX2, 224 = 16 * kGemmRows = 7 * kGemmCols on AVX-512.
+// Keys are also a multiple of 4, as a dropout counter wants. What a task holds fits an L2 of 512
+// KiB (AVX2) or 1 MiB (AVX-512).
+inline constexpr int64_t kTileRows = kLanes == 16 ? 56 : 48;
+inline constexpr int64_t kTileKeys = kLanes == 16 ? 224 : 96;
+inline constexpr int64_t kWideTileKeys = kTileKeys / 2;  // for more than 128 features
+inline constexpr int64_t kMaskedRows = 2 * kGemmRows;  // the grain at which a diagonal is followed
+
+inline int64_t tile_keys(const Problem& p) {
+  return std::max(p.head_dim, p.value_dim) > 128 ? kWideTileKeys : kTileKeys;
+}
+
+// Rows of a tile lie an odd number of cache lines apart: a column then visits every set of L1.
+inline int64_t spread_row(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
+inline int64_t pad_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+struct TileShape {
+  int64_t keys, head_row, value_row, score_row;
+
+  explicit TileShape(const Problem& p)
+      : keys(tile_keys(p)),
+        head_row(spread_row(p.head_dim)),
+        value_row(spread_row(p.value_dim)),
+        score_row(spread_row(keys)) {}
+
+  int64_t floats(const Problem& p) const {
+    return score_row * (p.head_dim + p.value_dim) + keys * (2 * head_row + value_row) +
+           kTileRows * (head_row + value_row + 2 * score_row) + 6 * score_row + 2 * kTileRows;
+  }
+};
+
+// Everything in float32, whatever the tensors hold.
+struct Tiles : TileShape {
+  float *keys_t, *values_t;        // [head_dim][keys], [value_dim][keys]: factor * K^T, V^T
+  float* keys_scaled;              // [keys][head_dim]: scale * K
+  float *grad_keys, *grad_values;  // [keys][...]: the accumulators
+  float *query, *grad;             // [rows][...]: Q and dO
+  float *scores, *grad_scores;     // [rows][keys]: S, then dropped P; dP, then dS
+  float* addend;                   // [keys]: one row of bias and ALiBi
+  uint32_t* words;                 // [keys]: one row of random words
+  float *lse, *delta;              // [rows]
+
+  Tiles(const Problem& p, Scratch& scratch) : TileShape(p) {
+    scratch.reset(floats(p));
+    keys_t = scratch.take(p.head_dim * score_row);
+    values_t = scratch.take(p.value_dim * score_row);
+    keys_scaled = scratch.take(keys * head_row);
+    grad_keys = scratch.take(keys * head_row);
+    grad_values = scratch.take(keys * value_row);
+    query = scratch.take(kTileRows * head_row);
+    grad = scratch.take(kTileRows * value_row);
+    scores = scratch.take(kTileRows * score_row);
+    grad_scores = scratch.take(kTileRows * score_row);
+    addend = scratch.take(score_row);
+    words = reinterpret_cast<uint32_t*>(scratch.take(4 * score_row));
+    lse = scratch.take(kTileRows);
+    delta = scratch.take(kTileRows);
+  }
+};
+
+template <class T>
+inline void widen_rows(const T* from, int64_t from_row, int64_t rows, int64_t n, float* to,
+                       int64_t to_row, float factor = 1.f) {
+  for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) {
+    int64_t d = 0;
+    for (; d + kLanes <= n; d += kLanes) store(to + d, load(from + d) * factor);
+    if (d < n) store(to + d, load_partial(from + d, n - d) * factor);  // rows are padded to 16
+  }
+}
+
+template <class T>
+inline void round_rows(const float* from, int64_t from_row, int64_t rows, int64_t n, T* to,
+                       int64_t to_row, float factor = 1.f) {
+  for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) {
+    int64_t d = 0;
+    for (; d + kLanes <= n; d += kLanes) store(to + d, load(from + d) * factor);
+    if (d < n) store_partial(to + d, load(from + d) * factor, n - d);
+  }
+}
+
+// to[d][j] = factor * from[j][d] for j < rows, and 0 up to the next multiple of kLanes: what is
+// computed from those columns is thrown away, and must not be NaN.
+inline void transpose_rows(const float* from, int64_t from_row, int64_t rows, int64_t n, float* to,
+                           int64_t to_row, float factor) {
+  constexpr int64_t kBlock = 16;  // columns written together: one cache line
+  const int64_t padded = pad_lanes(rows);
+  for (int64_t j = 0; j < padded; j += kBlock) {
+    const int64_t live = std::min(kBlock, rows - j), end = std::min(kBlock, padded - j);
+    for (int64_t d = 0; d < n; ++d) {
+      float* line = to + d * to_row + j;
+      for (int64_t k = 0; k < live; ++k) line[k] = from[(j + k) * from_row + d] * factor;
+      for (int64_t k = std::max<int64_t>(live, 0); k < end; ++k) line[k] = 0;
+    }
+  }
+}
+
+// ---- one row of a tile ----
+
+// Columns of one row. [begin, end) were computed, and of them the row sees [first, last).
+struct RowSpan {
+  int64_t begin, end, first, last, columns;
+};
+
+// What the general path needs beside lse and delta.
+struct RowExtras {
+  const float* addend = nullptr;    // bias and ALiBi, in units of log2
+  const uint32_t* words = nullptr;  // dropout
+  uint64_t threshold = 0;
+  float keep = 1;
+  float softcap = 0;           // in units of log2; 0: none
+  float* grad_bias = nullptr;  // + grad_bias_step * column
+  int64_t grad_bias_step = 0;
+};
+
+inline VecI lanes_from(int64_t first) {
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane + static_cast<int32_t>(first);
+}
+
+// Zero outside what was computed: the products over rows read whole columns.
+inline void clear_outside(float* s, float* g, const RowSpan& span) {
+  for (int64_t v = 0; v < span.begin; v += kLanes) store(s + v, VecF{}), store(g + v, VecF{});
+  for (int64_t v = span.end; v < span.columns; v += kLanes)
+    store(s + v, VecF{}), store(g + v, VecF{});
+}
+
+// P = 2^(S - lse), dS = P (dP - delta), in place.
+template <bool kMasked>
+inline void plain_row(float* s, float* g, float lse, float delta, const RowSpan& span) {
+  for (int64_t v = span.begin; v < span.end; v += kLanes) {
+    VecF p = exp2_below_zero(load(s + v) - lse);
+    if constexpr (kMasked) {
+      const VecI lane = lanes_from(v);
+      const VecI seen =
+          (lane >= static_cast<int32_t>(span.first)) & (lane < static_cast<int32_t>(span.last));
+      p = seen ? p : VecF{};
+    }
+    store(s + v, p);
+    store(g + v, p * (load(g + v) - delta));
+  }
+}
+
+inline void add_bias_gradient(const RowExtras& x, int64_t v, VecF ds, int64_t last) {
+  if (x.grad_bias_step == 0) {
+    *x.grad_bias += reduce_add(ds);
+    return;
+  }
+  float* at = x.grad_bias + v;
+  const int n = static_cast<int>(std::min<int64_t>(kLanes, last - v));
+  if (n == kLanes) {
+    store(at, load(at) + ds);
+  } else if (n > 0) {
+    store_partial(at, load_partial(at, n) + ds, n);
+  }
+}
+
+inline void general_row(float* s, float* g, float lse, float delta, const RowSpan& span,
+                        const RowExtras& extras) {
+  for (int64_t v = span.begin; v < span.end; v += kLanes) {
+    VecF x = load(s + v), slope = broadcast(1.f);
+    if (extras.softcap > 0) {
+      const VecF t = tanh(x);
+      slope = 1.f - t * t;
+      x = t * extras.softcap;
+    }
+    if (extras.addend != nullptr) x += load(extras.addend + v);
+    const VecI lane = lanes_from(v);
+    const VecI seen =
+        (lane >= static_cast<int32_t>(span.first)) & (lane < static_cast<int32_t>(span.last));
+    const VecF p = seen ? exp2_below_zero(x - lse) : VecF{};
+    VecF kept = p, dp = load(g + v);
+    if (extras.words != nullptr) {
+      VecU word;
+      std::memcpy(&word, extras.words + v, sizeof word);
+      kept = keep(word, extras.threshold, p) * extras.keep;
+      dp = keep(word, extras.threshold, dp) * extras.keep;
+    }
+    const VecF ds = p * (dp - delta);
+    if (extras.grad_bias != nullptr) add_bias_gradient(extras, v, ds, span.last);
+    store(s + v, kept);
+    store(g + v, ds * slope);
+  }
+}
+
+}  // namespace flashkern::FK_ISA::attention

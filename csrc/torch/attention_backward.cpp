@@ -1,0 +1,96 @@
+#include "torch/attention_backward.h"
+
+#include "attention/cpu/backward.h"
+#include "torch/threads.h"
+
+namespace flashkern {
+namespace {
+
+using attention::BackwardParams;
+
+Tensor contiguous_last(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+int64_t longest(const int32_t* cu_seqlens, int64_t batch) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
+  }
+  return most;
+}
+
+// The gradient of a bias: contiguous, of the bias's own shape.
+attention::BiasGradient bias_gradient_of(const Tensor& t) {
+  auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
+  return {t.mutable_data_ptr(), stride(0), stride(1), stride(2), stride(3)};
+}
+
+void launch(const BackwardParams& p) {
+  if (p.dtype == DType::kFloat64) {
+    attention_backward_float64(p, torch_threads());
+  } else {
+    attention_backward(p, torch_threads());
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    Tensor grad_output, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value,
+    Tensor output, Tensor lse, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    int64_t alignment, int64_t window_left, int64_t window_right, double scale, double softcap,
+    double dropout_p, bool bias_needs_grad) {
+  using torch::stable::new_empty;
+  using torch::stable::new_zeros;
+  BackwardParams p;
+  const OptionalTensor no_pages;
+  fill_problem(p, {query, key, value, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q,
+                   cu_seqlens_k, no_pages, seed, max_seqlen_q, max_seqlen_k, alignment, window_left,
+                   window_right, scale, softcap, dropout_p});
+  if (p.cu_seqlens_q != nullptr) {
+    p.seq_q = longest(p.cu_seqlens_q, p.batch);
+    p.seq_k = longest(p.cu_seqlens_k, p.batch);
+  }
+  const bool wide = p.dtype == DType::kFloat64, narrow = !wide && p.dtype != DType::kFloat32;
+  const auto sums = wide ? ScalarType::Double : ScalarType::Float;
+
+  grad_output = contiguous_last(grad_output);
+  output = contiguous_last(output);
+  p.grad_output = matrix_of(grad_output);
+  p.output = matrix_of(output);
+  lse = contiguous_last(lse);
+  p.lse = row_values_of(lse);
+  if (grad_lse.has_value()) {
+    grad_lse = contiguous_last(*grad_lse);
+    p.grad_lse = row_values_of(*grad_lse);
+  }
+  Tensor delta = new_empty(lse, lse.sizes());
+  p.delta = row_values_of(delta);
+
+  Tensor query_sums = new_zeros(query, query.sizes(), sums);
+  Tensor grad_query = narrow ? new_empty(query, query.sizes()) : query_sums;
+  Tensor grad_key = new_zeros(key, key.sizes());
+  Tensor grad_value = new_zeros(value, value.sizes());
+  p.grad_query = output_of(grad_query);
+  p.query_sums = output_of(query_sums);
+  p.query_elements = query.numel();
+  p.grad_key = output_of(grad_key);
+  p.grad_value = output_of(grad_value);
+
+  Tensor grad_bias = new_zeros(query, {0});
+  if (bias_needs_grad) {
+    grad_bias = new_zeros(*bias, bias->sizes(), sums);
+    p.grad_bias = bias_gradient_of(grad_bias);
+  }
+  Tensor grad_sinks = new_zeros(query, {sinks.has_value() ? p.heads : 0}, sums);
+  if (sinks.has_value()) p.grad_sinks = grad_sinks.mutable_data_ptr();
+
+  launch(p);
+  if (bias_needs_grad) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
+  return {grad_query, grad_key, grad_value, grad_bias, grad_sinks};
+}
+
+}  // namespace flashkern
