@@ -66,7 +66,9 @@ def beam_search(
     Example:
         >>> import torch
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
+        >>> seed = torch.manual_seed(0)
+        >>> tokens = dict(bos_token_id=2, eos_token_id=1)
+        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, **tokens)
         >>> model, prompt = GPT2LMHeadModel(config), torch.tensor([[5, 6, 7]])
         >>> kwargs = dict(num_beams=4, max_new_tokens=5, pad_token_id=0, do_sample=False)
         >>> ours = model.generate(prompt, custom_generate=beam_search, **kwargs)
@@ -264,21 +266,20 @@ class _Record:
         self.encoder: dict[str, Any] = {}
         if not asked:
             return
-        fields = {"logits": ("logits",) if config.output_logits else ()}
-        fields["attentions"] = self._names("attentions") if config.output_attentions else ()
-        fields["hidden"] = self._names("hidden_states") if config.output_hidden_states else ()
-        self.steps = {name: () for names in fields.values() for name in names}
+        names: list[str] = ["logits"] if config.output_logits else []
+        names += self._names("attentions") if config.output_attentions else []
+        names += self._names("hidden_states") if config.output_hidden_states else []
+        self.steps = {name: () for name in names}
         if self.encoder_decoder:
             encoder = model_kwargs["encoder_outputs"]
             for name in ("attentions", "hidden_states"):
                 wanted = getattr(config, f"output_{name}")
                 self.encoder[f"encoder_{name}"] = encoder.get(name) if wanted else None
 
-    def _names(self, what: str) -> tuple[str, ...]:
+    def _names(self, what: str) -> list[str]:
         if not self.encoder_decoder:
-            return (what,)
-        cross = ("cross_attentions",) if what == "attentions" else ()
-        return (f"decoder_{what}", *cross)
+            return [what]
+        return [f"decoder_{what}"] + (["cross_attentions"] if what == "attentions" else [])
 
     def add(self, outputs: Any, logits: Tensor, log_probs: Tensor | None) -> None:
         if self.scores is not None and log_probs is not None:

@@ -41,19 +41,19 @@ def _one_beam(
     if beams == 1 or keep_all or not _repeated(input_ids, beams):
         return None
     cache = model_kwargs.get("past_key_values")
-    halves = (cache,)
+    halves = [cache]
     if type(cache) is EncoderDecoderCache:
-        halves = (cache.self_attention_cache, cache.cross_attention_cache)
+        halves = [cache.self_attention_cache, cache.cross_attention_cache]
     if not all(_is_fresh(half) for half in halves):
         return None
-    shared = {}
+    shared: dict[str, Any] = {}
     for name, value in model_kwargs.items():
         if value is None or name in _PLAIN or name == "past_key_values":
             shared[name] = value
         elif name in _ROWS and isinstance(value, Tensor) and _repeated(value, beams):
             shared[name] = value[::beams]
         elif name == "encoder_outputs" and type(value) is BaseModelOutput:
-            hidden = value.last_hidden_state
+            hidden: Any = value.last_hidden_state
             if not _repeated(hidden, beams):
                 return None
             shared[name] = BaseModelOutput(last_hidden_state=hidden[::beams])
