@@ -28,9 +28,19 @@ from transformers import masking_utils, modeling_utils
 
 from flashkern.integrations import _masks, _patches
 from flashkern.integrations._attend import attend
+from flashkern.integrations._beam_search import beam_search
 from flashkern.integrations._patches import patch, unpatch
 
-__all__ = ["NAME", "attention_forward", "attention_mask", "disable", "enable", "patch", "unpatch"]
+__all__ = [
+    "NAME",
+    "attention_forward",
+    "attention_mask",
+    "beam_search",
+    "disable",
+    "enable",
+    "patch",
+    "unpatch",
+]
 
 NAME = "fkern"
 _log = logging.getLogger("flashkern")
