@@ -135,7 +135,7 @@ _QUICK_ATTENTION = (
     _prefill(128, 12, 12, 32, batch=8, causal=False),  # MiniLM
     _training(512),
     _training(512, 9, 3),
-    _training(1024, dtype="bf16"),
+    _training(512, dtype="bf16"),
     _decode(4096),
     _decode(4096, dtype="bf16"),
     _decode(1024, 9, 3, 64, batch=8),
@@ -149,7 +149,7 @@ _QUICK_LORA = (
     Lora("training", 512, 768, 768, 16, dropout=0.05),
     Lora("training", 512, 2048, 2048, 16),
     Lora("training", 256, 2048, 2048, 64),
-    Lora("training", 512, 768, 768, 8, dtype="bf16"),
+    Lora("training", 128, 768, 768, 8, dtype="bf16"),
     Lora("decode", 1, 4096, 4096, 16),
     Lora("decode", 8, 2048, 2048, 8, dtype="bf16"),
 )
@@ -217,9 +217,9 @@ PROFILES = {
             *_QUICK_BEAM,
             *_scaling(_prefill(1024), Lora("training", 512, 2048, 2048, 16), Beam(16, 128256)),
         ),
-        seconds=2.5,
+        seconds=2.0,
         models=_MODELS,
-        model_seconds=8.0,
+        model_seconds=6.0,
     ),
     "full": Profile(
         (

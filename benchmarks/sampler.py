@@ -57,13 +57,12 @@ def _order(round_index: int, count: int) -> list[int]:
 def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: int = 5) -> Samples:
     """Measures `contenders` in turn for about `budget` seconds, `least` rounds at least.
 
-    A contender so slow that it would eat the budget is measured in every third round only.
+    Each must have been called before: a first call pays for allocations and packing. A contender so slow that it would eat the budget is measured in every third round only.
     """
     start = time.perf_counter()
     estimate = []
     for contender in contenders:
         contender.prepare()
-        contender.call()  # a first call pays for allocations, packing and code that loads late
         estimate.append(max(clock.seconds(contender.call, 1), 1e-7))
     loops = [min(1000, math.ceil(_SAMPLE_SECONDS / t)) for t in estimate]
     share = budget / len(contenders) / least
