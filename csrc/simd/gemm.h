@@ -1,16 +1,17 @@
 // The micro-GEMM: C (+)= A B on float tiles that lie in L1 or L2.
 //
-//   A[m][k] = a[m * a_row + k * a_col]   any strides: a transposed A costs nothing (it is
-//   broadcast) B[k][n] = b[k * b_row + n]           rows contiguous: a row-major matrix, or a
-//   packed panel C[m][n] = c[m * c_row + n]
+//   A[m][k] = a[m * a_row + k * a_col]   any strides: a transposed A costs nothing (it is broadcast)
+//   B[k][n] = b[k * b_row + n]           rows contiguous: a row-major matrix, or a packed panel
+//   C[m][n] = c[m * c_row + n]
+//   M, N, K at least 1
 //
-// Registers hold kRows x kVecs vectors of C: 6 x 2 of 16 (AVX2), 14 x 2 of 32 (AVX-512), 6 x 2 of
-// 16 (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does
-// their product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over
-// it.
+// Registers hold kRows x kVecs vectors of C: 6 x 2 of 16 (AVX2), 14 x 2 of 32 (AVX-512), 6 x 2 of 16
+// (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does their
+// product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over it.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "simd/vec.h"
 
@@ -29,65 +30,94 @@ struct GemmOperands {
   int64_t c_row;
 };
 
-// `tail` lanes of the last vector exist; whole vectors where it is kLanes.
+// fn(0), ..., fn(N - 1) with constant arguments. Loops over an array of accumulators have to vanish
+// before the compiler decides what lives in registers; it unrolls plain loops too late for that.
+template <int N, class Fn>
+__attribute__((always_inline)) inline void unrolled(Fn&& fn) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (fn(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
+// `tail` lanes of the last vector exist; whole vectors where kTail is false.
 template <int kRows, int kVecs, bool kAccumulate, bool kTail>
-inline void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
+void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
   VecF acc[kRows][kVecs];
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVecs; ++v) {
-      const float* c = g.c + i * g.c_row + v * kLanes;
-      const bool partial = kTail && v == kVecs - 1;
-      acc[i][v] = !kAccumulate ? VecF{} : partial ? load_partial(c, tail) : load(c);
+  const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;
+  const float *a = g.a, *b = g.b;
+  float* c = g.c;
+  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
+    constexpr int i = t / kVecs, v = t % kVecs;
+    const float* from = c + i * c_row + v * kLanes;
+    if constexpr (!kAccumulate) {
+      acc[i][v] = VecF{};
+    } else if constexpr (kTail && v == kVecs - 1) {
+      acc[i][v] = load_partial(from, tail);
+    } else {
+      acc[i][v] = load(from);
     }
-  }
-  const float* a = g.a;
-  const float* b = g.b;
-  for (int64_t k = 0; k < K; ++k, a += g.a_col, b += g.b_row) {
+  });
+  do {
     VecF row[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      const bool partial = kTail && v == kVecs - 1;
-      row[v] = partial ? load_partial(b + v * kLanes, tail) : load(b + v * kLanes);
-    }
-    for (int i = 0; i < kRows; ++i) {
-      const VecF x = broadcast(a[i * g.a_row]);
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = fma(x, row[v], acc[i][v]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVecs; ++v) {
-      float* c = g.c + i * g.c_row + v * kLanes;
-      if (kTail && v == kVecs - 1) {
-        store_partial(c, acc[i][v], tail);
+    unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
+      if constexpr (kTail && v == kVecs - 1) {
+        row[v] = load_partial(b + v * kLanes, tail);
       } else {
-        store(c, acc[i][v]);
+        row[v] = load(b + v * kLanes);
       }
+    });
+    unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
+      const VecF x = broadcast(a[i * a_row]);
+      unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
+        acc[i][v] = fma(x, row[v], acc[i][v]);
+      });
+    });
+    a += a_col;
+    b += b_row;
+  } while (--K > 0);
+  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
+    constexpr int i = t / kVecs, v = t % kVecs;
+    float* to = c + i * c_row + v * kLanes;
+    if constexpr (kTail && v == kVecs - 1) {
+      store_partial(to, acc[i][v], tail);
+    } else {
+      store(to, acc[i][v]);
     }
+  });
+}
+
+// The micro-kernel for `rows` rows, 1 to kRows.
+template <int kRows, int kVecs, bool kAccumulate, bool kTail>
+inline void gemm_block(int64_t rows, int64_t K, const GemmOperands& g, int tail) {
+  if (rows == kRows) {
+    gemm_micro<kRows, kVecs, kAccumulate, kTail>(K, g, tail);
+  } else if constexpr (kRows > 1) {
+    gemm_block<kRows - 1, kVecs, kAccumulate, kTail>(rows, K, g, tail);
   }
 }
 
-// The rows left over: halve the block until it fits.
-template <int kRows, int kVecs, bool kAccumulate, bool kTail>
+// Blocks of equal height, give or take a row: 16 rows are 6 + 5 + 5, since a last block of 4, and a
+// 2 more so, would wait for its multiply-adds to finish.
+template <int kVecs, bool kAccumulate, bool kTail>
 inline void gemm_rows(int64_t M, int64_t K, GemmOperands g, int tail) {
-  while (M >= kRows) {
-    gemm_micro<kRows, kVecs, kAccumulate, kTail>(K, g, tail);
-    g.a += kRows * g.a_row;
-    g.c += kRows * g.c_row;
-    M -= kRows;
-  }
-  if constexpr (kRows > 1) {
-    if (M > 0) gemm_rows<(kRows + 1) / 2, kVecs, kAccumulate, kTail>(M, K, g, tail);
+  for (int64_t blocks = (M + kGemmRows - 1) / kGemmRows; blocks > 0; --blocks) {
+    const int64_t rows = (M + blocks - 1) / blocks;
+    gemm_block<kGemmRows, kVecs, kAccumulate, kTail>(rows, K, g, tail);
+    g.a += rows * g.a_row;
+    g.c += rows * g.c_row;
+    M -= rows;
   }
 }
 
 template <bool kAccumulate>
 inline void gemm(int64_t M, int64_t N, int64_t K, GemmOperands g) {
   for (; N >= kGemmCols; N -= kGemmCols, g.b += kGemmCols, g.c += kGemmCols) {
-    gemm_rows<kGemmRows, kGemmVecs, kAccumulate, false>(M, K, g, kLanes);
+    gemm_rows<kGemmVecs, kAccumulate, false>(M, K, g, kLanes);
   }
   for (; N >= kLanes; N -= kLanes, g.b += kLanes, g.c += kLanes) {
-    gemm_rows<kGemmRows, 1, kAccumulate, false>(M, K, g, kLanes);
+    gemm_rows<1, kAccumulate, false>(M, K, g, kLanes);
   }
-  if (N > 0) gemm_rows<kGemmRows, 1, kAccumulate, true>(M, K, g, static_cast<int>(N));
+  if (N > 0) gemm_rows<1, kAccumulate, true>(M, K, g, static_cast<int>(N));
 }
 
 }  // namespace flashkern::FK_ISA
