@@ -44,6 +44,30 @@ inline StagedRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end,
   return {staged, dim};
 }
 
+// Values [begin, end) in panels of kPanel columns, [panel][n][kPanel], the last one padded with
+// zeros: the second product then walks contiguous memory whatever the value's stride is.
+template <class T>
+inline void pack_values(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
+                        float* packed) {
+  const int64_t n = end - begin;
+  for (int64_t j = begin; j < end;) {
+    const auto run = from.run(j, end);
+    const T* row = run.rows;
+    for (; j < run.end; ++j, row += from.row) {
+      float* out = packed + (j - begin) * kPanel;
+      int64_t d = 0;
+      for (; d + kPanel <= dim; d += kPanel, out += n * kPanel) {
+        store(out, load(row + d));
+        store(out + kLanes, load(row + d + kLanes));
+      }
+      for (int64_t i = 0; d < dim && i < kPanel; i += kLanes) {
+        const int64_t tail = std::clamp<int64_t>(dim - d - i, 0, kLanes);
+        store(out + i, load_partial(row + d + i, static_cast<int>(tail)));
+      }
+    }
+  }
+}
+
 // Queries of one panel, transposed to [head_dim][kPanel].
 template <class T>
 inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
@@ -61,17 +85,18 @@ class MatrixTask {
   MatrixTask(const ForwardParams& p, const HeadView& view, const TaskRange& range, Scratch& scratch)
       : p_(p), view_(view), range_(range) {
     panels_ = static_cast<int>(ceil_div(range.row_end - range.row_begin, kPanel));
-    const int64_t query_size = p.head_dim * kPanel, out_size = p.value_dim * kPanel;
+    out_row_ = round_up(p.value_dim, kPanel);
+    const int64_t query_size = p.head_dim * kPanel, out_size = out_row_ * kPanel;
     const bool bias = p.bias.kind != BiasKind::kNone;
     const int64_t tile = kKeyBlock * kPanel;
     scratch.reset(panels_ * (query_size + out_size) + 2 * tile +
-                  kKeyBlock * (p.head_dim + p.value_dim));
+                  kKeyBlock * (p.head_dim + out_row_));
     queries_ = scratch.take(panels_ * query_size);
     out_ = scratch.take(panels_ * out_size);
     tile_.scores = scratch.take(tile);
     tile_.bias = bias ? scratch.take(tile) : nullptr;
     staged_keys_ = scratch.take(kKeyBlock * p.head_dim);
-    staged_values_ = scratch.take(kKeyBlock * p.value_dim);
+    staged_values_ = scratch.take(kKeyBlock * out_row_);
   }
 
   void run() {
@@ -95,7 +120,7 @@ class MatrixTask {
     for (int i = 0; i < panels_; ++i) {
       for (int lane = 0; lane < rows_[i].count; ++lane) {
         const RowState<float> state{states_[i].maximum[lane], states_[i].sum[lane]};
-        fn(range_.row_begin + i * kPanel + lane, state, out(i) + lane * p_.value_dim);
+        fn(range_.row_begin + i * kPanel + lane, state, out(i) + lane * out_row_);
       }
     }
   }
@@ -106,9 +131,8 @@ class MatrixTask {
     const int64_t first = std::max(view_.band.first_key(rows_[0].first_query), begin) / 4 * 4;
     const auto keys =
         stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim, staged_keys_);
-    const auto values =
-        stage_rows(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim, staged_values_);
-    const KeyTile tile{keys.data, values.data, keys.row, values.row, first};
+    pack_values(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim, staged_values_);
+    const KeyTile tile{keys.data, keys.row, staged_values_, first, end};
     for (int i = 0; i < panels_; ++i) {
       const Interval seen = view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
       const int64_t from = std::max(seen.begin / 4 * 4, first), to = std::min(seen.end, end);
@@ -118,12 +142,13 @@ class MatrixTask {
   }
 
   float* queries(int i) { return queries_ + i * p_.head_dim * kPanel; }
-  float* out(int i) { return out_ + i * p_.value_dim * kPanel; }
+  float* out(int i) { return out_ + i * out_row_ * kPanel; }
 
   const ForwardParams& p_;
   const HeadView& view_;
   const TaskRange& range_;
   int panels_;
+  int64_t out_row_;
   PanelRows rows_[kMaxTaskRows / kPanel];
   PanelState states_[kMaxTaskRows / kPanel];
   float *queries_, *out_, *staged_keys_, *staged_values_;

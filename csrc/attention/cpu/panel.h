@@ -17,6 +17,7 @@
 #pragma once
 
 #include "attention/cpu/scores.h"
+#include "attention/plan.h"
 
 namespace flashkern::FK_ISA::attention {
 
@@ -76,19 +77,17 @@ struct PanelScratch {
 
 struct KeyTile {
   const float* keys;
-  const float* values;
-  int64_t key_row, value_row;
-  int64_t begin;  // the first key
+  int64_t key_row;
+  const float* values;  // packed: [panel][end - begin][kPanel]
+  int64_t begin, end;
 };
 
 // Rescales the rows of `out` whose maximum has moved; most blocks move none.
-inline void rescale_rows(float* out, int count, int64_t value_dim, const float* factor) {
+inline void rescale_rows(float* out, int count, int64_t out_row, const float* factor) {
   for (int lane = 0; lane < count; ++lane) {
     if (factor[lane] == 1.f) continue;
-    float* row = out + lane * value_dim;
-    int64_t d = 0;
-    for (; d + kLanes <= value_dim; d += kLanes) store(row + d, load(row + d) * factor[lane]);
-    for (; d < value_dim; ++d) row[d] *= factor[lane];
+    float* row = out + lane * out_row;
+    for (int64_t e = 0; e < out_row; e += kLanes) store(row + e, load(row + e) * factor[lane]);
   }
 }
 
@@ -115,15 +114,19 @@ inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyT
   }
   if (p.dropout_p > 0) apply_dropout(s, begin, n, view, rows);
 
-  const float* values = tile.values + (begin - tile.begin) * tile.value_row;
-  const GemmOperands product{s, 1, kPanel, values, tile.value_row, out, p.value_dim};
-  if (!state.touched) {
-    gemm<false>(rows.count, p.value_dim, n, product);
-    state.touched = true;
-  } else {
-    rescale_rows(out, rows.count, p.value_dim, factor);
-    gemm<true>(rows.count, p.value_dim, n, product);
+  const int64_t out_row = round_up(p.value_dim, kPanel);
+  GemmOperands product{s,      1,   kPanel, tile.values + (begin - tile.begin) * kPanel,
+                       kPanel, out, out_row};
+  if (state.touched) rescale_rows(out, rows.count, out_row, factor);
+  for (int64_t e = 0; e < out_row; e += kPanel, product.c += kPanel) {
+    if (state.touched) {
+      gemm<true>(rows.count, kPanel, n, product);
+    } else {
+      gemm<false>(rows.count, kPanel, n, product);
+    }
+    product.b += (tile.end - tile.begin) * kPanel;
   }
+  state.touched = true;
 }
 
 }  // namespace flashkern::FK_ISA::attention
