@@ -135,6 +135,19 @@ def _gradients(
     return grads[:3]
 
 
+def _left_to_torch(*tensors: Tensor) -> bool:
+    """True for calls that torch decomposes itself, as a rule into the fused operators below.
+
+    These are calls inside an sdpa_kernel context without flash attention, under torch.func, whose
+    transforms know torch's operators alone, and on the tensors of a tracer or a DTensor.
+    """
+    return (
+        not torch.backends.cuda.flash_sdp_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
 def _sdpa(
     query: Tensor,
     key: Tensor,
@@ -145,9 +158,7 @@ def _sdpa(
     **options: Any,
 ) -> Tensor:
     """aten::scaled_dot_product_attention for CPU tensors."""
-    ours = torch.backends.cuda.flash_sdp_enabled()  # false inside sdpa_kernel([MATH])
-    # Tensors of a tracer, a DTensor: torch's own decomposition leads to the fused operators below.
-    if ours and all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)):
+    if not _left_to_torch(query, key, value):
         reason = reason_for_torch(query, key, value, attn_mask, options.get("enable_gqa", False))
         if reason is None and attn_mask is not None and is_causal:
             reason = "a mask and is_causal are both given"

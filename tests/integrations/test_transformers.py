@@ -121,13 +121,8 @@ def test_gradients_equal_the_models_own(name: str) -> None:
     assert got.keys() == expected.keys()
     largest = max(grad.abs().max().item() for grad in expected.values())
     for parameter, grad in expected.items():
-        torch.testing.assert_close(
-            got[parameter],
-            grad,
-            rtol=2e-3,
-            atol=1e-5 * largest,
-            msg=lambda text, name=parameter: f"{name}: {text}",
-        )
+        error = (got[parameter] - grad).norm().item()
+        assert error <= 1e-3 * grad.norm().item() + 1e-5 * largest, parameter
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bloom"])
