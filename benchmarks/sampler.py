@@ -57,7 +57,8 @@ def _order(round_index: int, count: int) -> list[int]:
 def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: int = 5) -> Samples:
     """Measures `contenders` in turn for about `budget` seconds, `least` rounds at least.
 
-    Each must have been called before: a first call pays for allocations and packing. A contender so slow that it would eat the budget is measured in every third round only.
+    Each must have been called before: a first call pays for allocations and packing. A contender
+    so slow that it would eat the budget of the others is measured in every third round only.
     """
     start = time.perf_counter()
     estimate = []
@@ -65,7 +66,7 @@ def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: 
         contender.prepare()
         estimate.append(max(clock.seconds(contender.call, 1), 1e-7))
     loops = [min(1000, math.ceil(_SAMPLE_SECONDS / t)) for t in estimate]
-    share = budget / len(contenders) / least
+    slow = max(2 * budget / len(contenders) / least, 3 * min(estimate))
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     collecting = gc.isenabled()
     gc.disable()
@@ -74,7 +75,7 @@ def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: 
             if index >= least and time.perf_counter() - start > budget:
                 break
             for i in _order(index, len(contenders)):
-                if estimate[i] > 2 * share and index % 3:
+                if estimate[i] > slow and index % 3:
                     continue
                 contenders[i].prepare()
                 took = clock.seconds(contenders[i].call, loops[i])
