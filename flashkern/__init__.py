@@ -5,15 +5,27 @@ Each operator is exact and has one definition (:mod:`flashkern.reference`) and s
 
 from flashkern._ops import cpu_isa
 from flashkern._version import __version__
+from flashkern.attention import (
+    attention,
+    attention_kvcache,
+    attention_varlen,
+    merge_attention,
+)
 from flashkern.beam import BeamTopK, beam_topk, merge_topk
 from flashkern.lora import lora_linear, lora_linear_multi
+from flashkern.sdpa import scaled_dot_product_attention
 
 __all__ = [
     "BeamTopK",
     "__version__",
+    "attention",
+    "attention_kvcache",
+    "attention_varlen",
     "beam_topk",
     "cpu_isa",
     "lora_linear",
     "lora_linear_multi",
+    "merge_attention",
     "merge_topk",
+    "scaled_dot_product_attention",
 ]

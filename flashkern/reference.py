@@ -1,10 +1,167 @@
 """Each operator in a few lines of plain PyTorch, any dtype: the definition that the tests use."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flashkern.random import lora_keep_mask
+
+# ---- attention ----
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep: Tensor | None = None,
+    own_length: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The output and lse of :func:`flashkern.attention`.
+
+    ``keep`` is the dropout mask (:func:`flashkern.random.attention_keep_mask`). ``own_length`` ends
+    the diagonal at kv_lengths, as attention_kvcache and attention_varlen do.
+    """
+    batch, heads, rows, head_dim = query.shape
+    columns = key.shape[2]
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    length = query.new_full((1,), columns, dtype=torch.int64)
+    if kv_lengths is not None:
+        length = kv_lengths.long().clamp(0, columns)
+    length = length.view(-1, 1, 1, 1)
+    offset = torch.zeros_like(length) if causal == "top_left" else columns - rows
+    if own_length and causal != "top_left":
+        offset = length - rows
+    i = torch.arange(rows, device=query.device).view(-1, 1)
+    j = torch.arange(columns, device=query.device)
+    distance = j - i - offset
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.view(-1, heads, 1, 1).to(scores.dtype)
+        scores = scores - slopes * distance.abs()
+    left, right = window or (None, None)
+    if causal:
+        right = 0
+    visible = j < length
+    if left is not None:
+        visible = visible & (distance >= -left)
+    if right is not None:
+        visible = visible & (distance <= right)
+    if bias is not None and bias.dtype == torch.bool:
+        visible = visible & bias
+    elif bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    scores = scores.masked_fill(~visible, -math.inf)
+
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, heads, rows, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    lse = scores.logsumexp(dim=-1)
+    base = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
+    probabilities = (scores - base).exp()[..., :columns]
+    if keep is not None:
+        probabilities = probabilities * keep / (1 - dropout_p)
+    return probabilities @ value, lse
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    keep: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The output and lse of :func:`flashkern.attention_varlen`: one sequence after another."""
+    outputs, lses = [], []
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        q = query[starts_q[b] : starts_q[b + 1]].transpose(0, 1).unsqueeze(0)
+        k = key[starts_k[b] : starts_k[b + 1]].transpose(0, 1).unsqueeze(0)
+        v = value[starts_k[b] : starts_k[b + 1]].transpose(0, 1).unsqueeze(0)
+        rows, columns = q.shape[2], k.shape[2]
+
+        def part(mask: Tensor | None, b: int = b, i: int = rows, j: int = columns) -> Any:
+            """The corner of a (batch, heads, max_q, max_k) tensor that this sequence uses."""
+            return mask if mask is None else mask[b % mask.shape[0], None, :, :i, :j]
+
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b % slopes.shape[0]]
+        lengths = None if kv_lengths is None else kv_lengths[b : b + 1]
+        output, lse = attention(
+            q, k, v, bias=part(bias), keep=part(keep), alibi_slopes=slopes,
+            kv_lengths=lengths, own_length=True, **options,
+        )  # fmt: skip
+        outputs.append(output[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outputs), torch.cat(lses, dim=1)
+
+
+def gather_pages(cache: Tensor, page_table: Tensor) -> Tensor:
+    """(pages, heads, page_size, dim) as (batch, heads, tokens, dim), by the table."""
+    pages = cache[page_table.long()]
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def attention_kvcache(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    page_table: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The output and lse of :func:`flashkern.attention_kvcache`; the cache itself is not changed."""
+    lengths = cache_lengths.long()
+    if page_table is not None:
+        k_cache, v_cache = gather_pages(k_cache, page_table), gather_pages(v_cache, page_table)
+    if k is not None and v is not None:
+        k_cache, v_cache = k_cache.clone(), v_cache.clone()
+        for b, start in enumerate(lengths.tolist()):
+            k_cache[b, :, start : start + k.shape[2]] = k[b]
+            v_cache[b, :, start : start + v.shape[2]] = v[b]
+        lengths = lengths + k.shape[2]
+    unseen = torch.arange(k_cache.shape[2]) >= lengths.view(-1, 1, 1)
+    return attention(
+        query, k_cache.masked_fill(unseen.unsqueeze(-1), 0),
+        v_cache.masked_fill(unseen.unsqueeze(-1), 0),
+        kv_lengths=lengths, own_length=True, **options,
+    )  # fmt: skip
+
+
+def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The output and lse of :func:`flashkern.merge_attention`."""
+    lse = torch.stack(list(lses)).logsumexp(dim=0)
+    base = lse.masked_fill(lse == -math.inf, 0)
+    parts = [o * (x - base).exp().unsqueeze(-1) for o, x in zip(outputs, lses, strict=True)]
+    return torch.stack(parts).sum(dim=0), lse
+
 
 # ---- beam top-k ----
 
