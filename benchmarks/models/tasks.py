@@ -179,6 +179,7 @@ def _transcribe(full: bool) -> Problem:
     from flashkern.integrations.transformers import beam_search
 
     model, tokenizer, extractor = loaders.whisper()
+    model.generation_config.max_length = None  # max_new_tokens rules
     samples, _ = loaders.speech()
     inputs = extractor(samples, sampling_rate=loaders.SAMPLE_RATE, return_tensors="pt")
     features = inputs.input_features
