@@ -25,8 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-scale", type=float, default=1.0, help="of the seconds for a case")
 
 
+def thread_count(config: pytest.Config) -> int:
+    """The threads of a run: one for each core unless asked otherwise."""
+    return config.getoption("--bench-threads") or len(os.sched_getaffinity(0))
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    threads = config.getoption("--bench-threads") or len(os.sched_getaffinity(0))
+    threads = thread_count(config)
     clock = config.getoption("--bench-clock")
     if clock == "cpu" and threads != 1:
         raise pytest.UsageError("--bench-clock cpu needs --bench-threads 1: it adds up threads")

@@ -73,7 +73,8 @@ class Bench:
     _last: tuple[str, Measured] | None = None
 
     def thread_counts(self) -> list[int]:
-        return sorted({case.threads or self.threads for case in self.profile.cases})
+        found = {case.threads or self.threads for case in self.profile.cases}
+        return sorted(count for count in found if count <= self.threads)
 
     def measure_roofs(self) -> None:
         """Measures the limits; a second call keeps the better of the two."""

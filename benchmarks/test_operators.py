@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import providers
 from benchmarks.clock import Replay
+from benchmarks.conftest import thread_count
 from benchmarks.profiles import PROFILES, Case, label
 from benchmarks.session import Bench
 
@@ -16,7 +17,9 @@ REPLAY = Replay()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     profile = PROFILES[metafunc.config.getoption("--bench-profile")]
-    pairs = [(case, name) for case in profile.cases for name in providers.names(case)]
+    threads = thread_count(metafunc.config)
+    cases = [case for case in profile.cases if case.threads < threads]
+    pairs = [(case, name) for case in cases for name in providers.names(case)]
     ids = [f"{label(case)}|{name}" for case, name in pairs]
     metafunc.parametrize(("case", "provider"), pairs, ids=ids)
 

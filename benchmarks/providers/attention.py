@@ -180,6 +180,16 @@ def _sdpa_folded(made: Inputs) -> Contender:
     return _wrap("sdpa, heads folded", made, forward)
 
 
+def _sdpa_causal(made: Inputs) -> Contender:
+    """Padding on the right needs no mask when attention is causal: real queries never see it."""
+    gqa = made.group > 1
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+    return _wrap("sdpa, causal only", made, forward)
+
+
 def _math(made: Inputs) -> Contender:
     mask, causal = _mask(made), made.case.causal and made.case.mode in ("prefill", "training")
     return _wrap("torch eager", made, lambda q, k, v: _eager(q, k, v, mask, causal))
@@ -243,6 +253,8 @@ def factories(case: Attention) -> dict[str, Callable[[Inputs], Contender]]:
             "sdpa, padded": _varlen_padded,
         }
     found: dict[str, Callable[[Inputs], Contender]] = {FLASHKERN: _flashkern, "torch sdpa": _sdpa}
+    if case.mode == "padded" and case.causal:
+        found["sdpa, causal only"] = _sdpa_causal
     if case.heads != case.kv_heads:
         if case.mode == "decode":
             found["sdpa, heads folded"] = _sdpa_folded
