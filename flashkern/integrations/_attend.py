@@ -10,7 +10,7 @@ from torch import Tensor
 
 import flashkern
 from flashkern.integrations import _masks
-from flashkern.integrations._padding import pad_head_dim
+from flashkern.integrations._padding import cut_head_dim, pad_head_dim
 
 
 @dataclasses.dataclass
@@ -98,4 +98,4 @@ def attend(
         kv_lengths=call.lengths,
         **options,
     )
-    return out[..., :value_dim]
+    return cut_head_dim(out, value_dim)

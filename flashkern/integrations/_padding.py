@@ -21,3 +21,8 @@ def pad_head_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
         return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
     return tuple(map(fill, tensors))
+
+
+def cut_head_dim(tensor: Tensor, head_dim: int) -> Tensor:
+    """The first `head_dim` columns of the last dimension: undoes `pad_head_dim`."""
+    return tensor if tensor.shape[-1] == head_dim else tensor[..., :head_dim]

@@ -36,7 +36,7 @@ from torch.nn import attention as torch_attention
 import flashkern
 from flashkern import _attention_args as args
 from flashkern._attention_ops import BACKWARD
-from flashkern.integrations._padding import LARGEST, pad_head_dim
+from flashkern.integrations._padding import LARGEST, cut_head_dim, pad_head_dim
 
 __all__ = ["NAME", "disable", "enable", "reason_for_torch"]
 
@@ -104,8 +104,8 @@ def _attend(
         return_lse=return_lse,
     )
     if return_lse:
-        return result[0][..., :value_dim], result[1]
-    return result[..., :value_dim]
+        return cut_head_dim(result[0], value_dim), result[1]
+    return cut_head_dim(result, value_dim)
 
 
 def _gradients(
@@ -246,7 +246,7 @@ class _Handle:
             )
             sizes = (query.shape, key.shape, value.shape)
             return tuple(
-                _like(grad[..., : size[-1]], size, (0, 2, 1, 3))
+                _like(cut_head_dim(grad, size[-1]), size, (0, 2, 1, 3))
                 for grad, size in zip(grads, sizes, strict=True)
             )
 
