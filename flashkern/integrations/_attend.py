@@ -25,6 +25,24 @@ class _Call:
     keep: Tensor | None = None  # bool or float, broadcastable to (batch, heads, queries, keys)
 
 
+def _used_keys(mask: Tensor) -> int:
+    """How many leading keys a bool mask lets anyone see: the rest is a static cache's unused room.
+
+    Layers share a mask, so the answer is kept on the tensor, with the version that it belongs to.
+    """
+    keys = mask.shape[-1]
+    if mask.dtype != torch.bool or torch.compiler.is_compiling() or mask.is_inference():
+        return keys
+    version, used = getattr(mask, "_fkern_used_keys", (None, keys))
+    if version != mask._version:
+        used = keys
+        if not bool(mask[..., -1].any()):
+            seen = mask.flatten(0, -2).any(0).nonzero()
+            used = int(seen[-1]) + 1 if len(seen) else 1
+        mask._fkern_used_keys = (mask._version, used)  # type: ignore[attr-defined]
+    return used
+
+
 def _read(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Call:
     if mask is None:
         if not causal or queries == 1:
@@ -33,7 +51,7 @@ def _read(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Call:
         end = min(queries, keys)
         return _Call(end, "bottom_right" if end == queries else "top_left")
     if not isinstance(mask, _masks.Mask):
-        return _Call(keys, keep=mask)
+        return _Call(_used_keys(mask) if mask.shape[-1] == keys else keys, keep=mask)
     recipe, band = mask.recipe, mask.recipe.band
     shift = recipe.q_offset - recipe.kv_offset  # on the diagonal, query i meets key i + shift
     call = _Call(keys, False, band.left, band.right, recipe.lengths)

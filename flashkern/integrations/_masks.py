@@ -196,9 +196,11 @@ def build_mask(
     band = band_of(mask_function) if skip else None
     if never_none:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    # One query needs no band: its dense mask is a row of keys, as compiled decoding expects.
+    # One query needs no band: its dense mask is a row of keys. A static cache, which counts in a
+    # tensor, may belong to compiled code, which takes ordinary tensors.
+    dense = band is None or q_length == 1 or isinstance(q_offset, Tensor)
     tracing = masking_utils.is_tracing(attention_mask) or masking_utils.is_torchdynamo_exporting()
-    if band is None or q_length == 1 or tracing or kwargs.get("use_vmap", False):
+    if dense or tracing or kwargs.get("use_vmap", False):
         return masking_utils.sdpa_mask(
             batch_size,
             q_length,
@@ -210,7 +212,8 @@ def build_mask(
             device=device,
             **kwargs,
         )
-    start = int(q_offset)  # a static cache counts in a tensor
+    assert band is not None
+    start = int(q_offset)
     lengths, padding = _padding(attention_mask, kv_length, kv_offset)
     effective = _without_effect(band, start, q_length, kv_offset, kv_length)
     recipe = Recipe(effective, start, kv_offset, lengths, padding)

@@ -63,8 +63,10 @@ def reason_for_torch(
         >>> reason_for_torch(x, x, x)
         'head_dim is 512, above 256'
     """
+    if query.dim() == key.dim() == value.dim() == 3:
+        return reason_for_torch(query[None], key[None], value[None], attn_mask, enable_gqa)
     if not (query.dim() == key.dim() == value.dim() == 4):
-        return "query, key and value are not all of 4 dimensions"
+        return "query, key and value do not have 4 (or 3) dimensions"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in _DTYPES:
         return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}"
     if max(query.shape[-1], value.shape[-1]) > LARGEST:
@@ -159,6 +161,9 @@ def _sdpa(
 ) -> Tensor:
     """aten::scaled_dot_product_attention for CPU tensors."""
     if not _left_to_torch(query, key, value):
+        if query.dim() == key.dim() == value.dim() == 3:  # (heads, sequence, head_dim)
+            batch = (query[None], key[None], value[None])
+            return _sdpa(*batch, attn_mask, dropout_p, is_causal, **options)[0]
         reason = reason_for_torch(query, key, value, attn_mask, options.get("enable_gqa", False))
         if reason is None and attn_mask is not None and is_causal:
             reason = "a mask and is_causal are both given"

@@ -132,6 +132,18 @@ def test_strided_and_expanded_tensors(enabled: None, calls: list) -> None:
     )
 
 
+def test_tensors_of_three_dimensions(enabled: None, calls: list) -> None:
+    tensors = [draw(4, 9, 16), draw(2, 9, 16), draw(2, 9, 16)]
+    for options in ({"is_causal": True}, {"attn_mask": torch.rand(4, 9, 9) > 0.2}):
+        assert fks.reason_for_torch(*tensors) is None
+        got = run(tensors, enable_gqa=True, **options)
+        for ours, theirs in zip(
+            got, on_torch(lambda o=options: run(tensors, enable_gqa=True, **o)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+    assert len(calls) == 2
+
+
 def test_a_row_that_sees_nothing_is_zero(enabled: None) -> None:
     keep = torch.ones(5, 6, dtype=torch.bool)
     keep[2] = False
@@ -172,7 +184,7 @@ def test_dropout_follows_the_seed_and_keeps_the_mean(enabled: None, calls: list)
     "shape,options,reason",
     [
         ((1, 2, 4, 264), {}, "head_dim is 264, above 256"),
-        ((2, 4, 8), {}, "query, key and value are not all of 4 dimensions"),
+        ((2, 1, 2, 4, 8), {}, "query, key and value do not have 4 (or 3) dimensions"),
         ((1, 2, 0, 8), {}, "a tensor is empty"),
     ],
 )

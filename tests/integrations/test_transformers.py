@@ -176,8 +176,22 @@ def test_windows_reach_the_kernel_as_arguments(calls: list[dict[str, Any]]) -> N
 def test_a_static_cache_is_read_up_to_the_last_query(calls: list[dict[str, Any]]) -> None:
     _, llama = pair("llama")
     given, _ = inputs("decoder")
-    llama.generate(**given, max_new_tokens=4, do_sample=False, cache_implementation="static")
-    assert calls[0]["keys"] == 13 and calls[0]["causal"] == "bottom_right"
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    llama.generate(**given, **options)
+    assert calls[0]["causal"] == "bottom_right"
+    assert [call["keys"] for call in calls[::2]] == [13, 14, 15, 16]
+    calls.clear()
+    llama.generate(**inputs("decoder", "left")[0], **options)
+    assert [call["keys"] for call in calls[::2]] == [13, 14, 15, 16]
+
+
+def test_compiled_generation_with_a_static_cache() -> None:
+    theirs, ours = copy.deepcopy(pair("llama"))
+    given, _ = inputs("decoder", "left")
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    expected = theirs.generate(**given, **options)
+    ours.forward = torch.compile(ours.forward, backend="eager", fullgraph=True)
+    assert torch.equal(ours.generate(**given, **options), expected)
 
 
 def test_chunked_prefill_continues_a_cache() -> None:
