@@ -4,36 +4,15 @@
 #include <cmath>
 #include <vector>
 
+#include "attention/cpu/float64.h"
 #include "attention/cpu/forward.h"
 #include "attention/cpu/rows.h"
 #include "attention/plan.h"
 #include "attention/softmax.h"
-#include "dropout.h"
 
 namespace flashkern::FK_ISA {
 namespace attention {
 namespace {
-
-double bias_value(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  const Bias& bias = p.bias;
-  const int64_t at = b * bias.batch + h * bias.head + i * bias.row + j * bias.column;
-  switch (bias.kind) {
-    case BiasKind::kNone:
-      return 0;
-    case BiasKind::kBool:
-      return static_cast<const bool*>(bias.data)[at] ? 0 : -std::numeric_limits<double>::infinity();
-    case BiasKind::kFloat32:
-      return static_cast<const float*>(bias.data)[at];
-    default:
-      return static_cast<const double*>(bias.data)[at];
-  }
-}
-
-bool keeps(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  const Philox4 words = philox(p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i),
-                               static_cast<uint32_t>(h), static_cast<uint32_t>(b));
-  return words.word[j % 4] >= dropout_threshold(p.dropout_p);
-}
 
 class Row {
  public:
@@ -65,11 +44,7 @@ class Row {
     double s = dot * p_.scale;
     if (p_.softcap > 0) s = p_.softcap * std::tanh(s / p_.softcap);
     const int64_t b = view_.sequence.batch;
-    if (p_.alibi_slopes != nullptr) {
-      const double slope = p_.alibi_slopes[b * p_.alibi_batch + head_ * p_.alibi_head];
-      s -= slope * std::fabs(double(query_ + view_.band.offset - j));
-    }
-    return (s + bias_value(p_, b, head_, query_, j)) * kLog2e;
+    return (s + added_score(p_, b, head_, query_, j, view_.band.offset)) * kLog2e;
   }
 
   void add(double s, const double* value, int64_t j) {
