@@ -13,7 +13,7 @@
 //                    | K^T, V^T, scale K, dK, dV: float32, in L2 while the task lives
 //                    +------------------------+
 //   query rows  +--+ +------------------------+
-//   (48) of the |Q | | S -> P        dP -> dS |  two tiles, five products by the micro-GEMM
+//   (96) of the |Q | | S -> P        dP -> dS |  two tiles, five products by the micro-GEMM
 //   heads of    |dO| +------------------------+
 //   the group   +--+   its turn comes: dQ += dS (scale K)
 //
