@@ -33,24 +33,28 @@ _log = logging.getLogger("flashkern")
 NAME = "fkern_patched"
 
 
+_own_attention: dict[Any, bool] = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def computes_attention(config_class: Any) -> bool:
     """True when the configuration's model computes attention without transformers' interface."""
-    package = config_class.__module__.rpartition(".")[0]
-    files = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith(f"{package}.modeling_") and module is not None
-    ]
-    if any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
-        return False
-    return any(
-        "Attention" in name and value.__module__ == file.__name__
-        for file in files
-        for name, value in vars(file).items()
-        if isinstance(value, type) and issubclass(value, nn.Module)
-    )
+    if config_class not in _own_attention:
+        package = config_class.__module__.rpartition(".")[0]
+        files = [
+            module
+            for name, module in list(sys.modules.items())
+            if name.startswith(f"{package}.modeling_") and module is not None
+        ]
+        _own_attention[config_class] = not any(
+            hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files
+        ) and any(
+            "Attention" in name and value.__module__ == file.__name__
+            for file in files
+            for name, value in vars(file).items()
+            if isinstance(value, type) and issubclass(value, nn.Module)
+        )
+    return _own_attention[config_class]
 
 
 def _merge(out: Tensor) -> Tensor:
