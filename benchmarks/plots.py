@@ -44,6 +44,10 @@ def _name(row: Row) -> str:
     return f"{row.info['mode']} {row.info['shape']} {row.info['dtype']}"
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 def _speedups(run: Run, rows: list[Row], title: str) -> Any:
     """Bars from 1 to each case's speed-up over its best peer; the grey band is noise."""
     rows = [row for row in rows if row.speedup is not None]
@@ -144,7 +148,7 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(None, roof.fma / 1e9 * 1.5))
     axes.set(xlabel="FLOPs for each byte of inputs and outputs", ylabel="GFLOP/s")
-    axes.set_title(f"{operator}: roofline, {roof.threads} threads")
+    axes.set_title(f"{operator}: roofline, {_threads(roof.threads)}")
     return figure
 
 
@@ -172,7 +176,7 @@ def _bandwidth(run: Run, rows: list[Row]) -> Any:
         axes.plot([], [], "o", mfc="white", color=_PEERS[i % len(_PEERS)], label=name)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="bytes of logits", ylabel="GB/s")
-    axes.set_title(f"beam: bandwidth, {roof.threads} threads")
+    axes.set_title(f"beam: bandwidth, {_threads(roof.threads)}")
     return figure
 
 

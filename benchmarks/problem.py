@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class Problem:
     own_exact: bool = False  # each contender has its own exact result (dropout masks)
     facts: dict[str, Any] = field(default_factory=dict)  # into the JSON beside each result
     units: dict[str, float] = field(default_factory=dict)  # work per call: {"tokens": 512}
-    # What a contender (by name) computed, from its result: {"perplexity": "12.34"}.
+    # What a contender (by name) computed, from its result: {"perplexity": 12.34}.
     quality: Callable[[str, Any], dict[str, Any]] | None = None
 
 
@@ -44,6 +45,13 @@ def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         wrong = (result.detach().double() - truth).norm() / truth.norm().clamp_min(1e-300)
         worst = max(worst, float(wrong.nan_to_num(nan=float("inf"))))
     return worst
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two contenders computed the same: numbers to four digits, anything else exactly."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=5e-5)
+    return one == other
 
 
 def with_control(contenders: Sequence[Contender]) -> list[Contender]:

@@ -57,8 +57,10 @@ def _order(round_index: int, count: int) -> list[int]:
 def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: int = 5) -> Samples:
     """Measures `contenders` in turn for about `budget` seconds, `least` rounds at least.
 
-    Each must have been called before: a first call pays for allocations and packing. A contender
-    so slow that it would eat the budget of the others is measured in every third round only.
+    Each must have been called before: a first call pays for allocations and packing. The first
+    round tells how often a short call is repeated inside a sample; a call that needs no repeating
+    keeps its time from that round. A contender so slow that it would eat the budget of the others
+    is measured in every third round only.
     """
     start = time.perf_counter()
     estimate = []
@@ -67,11 +69,14 @@ def sample(contenders: Sequence[Contender], clock: Clock, budget: float, least: 
         estimate.append(max(clock.seconds(contender.call, 1), 1e-7))
     loops = [min(1000, math.ceil(_SAMPLE_SECONDS / t)) for t in estimate]
     slow = max(2 * budget / len(contenders) / least, 3 * min(estimate))
-    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    seconds: dict[str, list[float]] = {
+        c.name: [t * c.scale] if n == 1 else []
+        for c, t, n in zip(contenders, estimate, loops, strict=True)
+    }
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for index in range(_MOST_ROUNDS):
+        for index in range(1, _MOST_ROUNDS):
             if index >= least and time.perf_counter() - start > budget:
                 break
             for i in _order(index, len(contenders)):

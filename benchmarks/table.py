@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.problem import same
 from benchmarks.progress import duration
 from benchmarks.results import Row, Run
 from benchmarks.roof import Roof
@@ -76,9 +77,9 @@ def quality_cells(row: Row) -> str:
     other: dict[str, Any] = row.quality.get(row.best_peer or "", {})
     parts = []
     for key, value in own.items():
-        same = other.get(key) == value
-        shown = f"{key} {value}" if not isinstance(value, str) or len(value) < 24 else key
-        parts.append(f"{shown} {'=' if same else '!='} torch's" if key in other else shown)
+        shown = f"{key} {value:.4g}" if isinstance(value, float) else key
+        sign = "=" if key in other and same(value, other[key]) else "!="
+        parts.append(f"{shown} {sign} torch's" if key in other else shown)
     return ", ".join(parts)
 
 
@@ -137,12 +138,12 @@ def headline(run: Run) -> list[str]:
             f"level on {verdicts.count('tie')}, slower on {verdicts.count('slower')}; "
             f"median speed-up {middle:.2f}x"
         )
-    worse = [r for r in run.operators if (r.torch_error or 0) * 2 < r.errors.get(FLASHKERN, 0)
-             and r.torch_error]  # fmt: skip
-    lines.append(
-        f"error against float64: at most twice torch's on {len(run.operators) - len(worse)} of "
-        f"{len(run.operators)} shapes"
-    )
+    errors = [(row.errors[FLASHKERN], row.torch_error) for row in run.operators]
+    kept = [own <= 2 * torch_error for own, torch_error in errors if torch_error]
+    if kept:
+        lines.append(
+            f"error against float64: at most twice torch's on {sum(kept)} of {len(kept)} shapes"
+        )
     lines.append(f"noise of this run: {100 * run.noise:.1f}% (flashkern against itself)")
     return lines
 

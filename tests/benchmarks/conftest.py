@@ -20,7 +20,7 @@ def _entry(case, operator, provider, role, seconds, threads, index):
         "causal": True,
     }  # fmt: skip
     if operator == "model":
-        info["quality"] = {"similarity": "0.5000"}
+        info["quality"] = {"similarity": 0.5}
     elif role != "control":
         info["error"] = 1e-7
     stats = {"median": seconds, "iqr": seconds / 100, "rounds": 9, "data": [seconds] * 9}

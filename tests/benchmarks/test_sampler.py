@@ -48,7 +48,7 @@ def test_contenders_alternate():
     clock = FakeClock()
     contenders = [clock.contender(name, 0.001) for name in "abc"]
     sample(contenders, clock, budget=1e9, least=6)
-    rounds = ["".join(clock.calls[i : i + 3]) for i in range(3, len(clock.calls), 3)]
+    rounds = ["".join(clock.calls[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({names[0] for names in rounds}) == 3  # nobody always runs first
     assert len(set(rounds)) == 6  # nobody always runs behind the same neighbour
@@ -65,8 +65,8 @@ def test_a_slow_contender_is_measured_less_often():
 def test_short_calls_are_repeated_inside_a_sample():
     clock = FakeClock()
     result = sample([clock.contender("tiny", 1e-6)], clock, budget=0.0)
-    assert len(clock.calls) >= 5 * 500
-    assert result.seconds["tiny"] == pytest.approx([1e-6] * 5)
+    assert len(clock.calls) >= 4 * 500
+    assert result.seconds["tiny"] == pytest.approx([1e-6] * 4)
 
 
 def test_scale_counts_the_part_that_a_case_asks_for():
