@@ -61,7 +61,7 @@ def _speedups(run: Run, rows: list[Row], title: str) -> Any:
     axes.set_xscale("log")
     low, high = min([*values, 0.9]), max([*values, 1.3])
     axes.set_xlim(low / 1.12, high * 1.3)
-    marks = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+    marks = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8, 16, 32, 64, 128)
     ticks = [t for t in marks if low / 1.12 < t < high * 1.3]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.minorticks_off()
