@@ -11,7 +11,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 
 #include "simd/vec.h"
 
@@ -29,15 +28,6 @@ struct GemmOperands {
   float* c;
   int64_t c_row;
 };
-
-// fn(0), ..., fn(N - 1) with constant arguments. Loops over an array of accumulators have to vanish
-// before the compiler decides what lives in registers; it unrolls plain loops too late for that.
-template <int N, class Fn>
-__attribute__((always_inline)) inline void unrolled(Fn&& fn) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (fn(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, N>());
-}
 
 // `tail` lanes of the last vector exist; whole vectors where kTail is false.
 template <int kRows, int kVecs, bool kAccumulate, bool kTail>

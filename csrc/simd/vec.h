@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "types.h"
 #if defined(__x86_64__)
@@ -34,6 +35,15 @@ inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline VecF broadcast(float x) { return x - VecF{}; }
 inline VecF bits_to_float(VecU u) { return reinterpret_cast<VecF>(u); }
 inline VecU float_to_bits(VecF x) { return reinterpret_cast<VecU>(x); }
+
+// fn(0), ..., fn(N - 1) with constant arguments. Loops over an array of accumulators have to vanish
+// before the compiler decides what lives in registers; it unrolls plain loops too late for that.
+template <int N, class Fn>
+__attribute__((always_inline)) inline void unrolled(Fn&& fn) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (fn(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
 
 // ---- primitives that differ by ISA ----
 

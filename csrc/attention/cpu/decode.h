@@ -14,6 +14,7 @@
 namespace flashkern::FK_ISA::attention {
 
 inline constexpr int64_t kDecodeKeys = kKeyBlock;
+inline constexpr int64_t kPrefetchKeys = 16;
 
 inline int64_t whole_vectors(int64_t n) { return round_up(n, kLanes); }
 
@@ -136,8 +137,12 @@ class DecodeTask {
   void attend(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     const KeyRows<T> keys(p_, p_.key, view_), values(p_, p_.value, view_);
+    // Values are needed after all scores of the block: they travel while the keys are read.
     for (int64_t j = begin; j < end;) {
-      const auto run = keys.run(j, end);
+      const int64_t step = std::min(j + kPrefetchKeys, end);
+      const auto ahead = values.run(j, step);
+      const auto run = keys.run(j, step);
+      prefetch_rows<T>(ahead.rows, values.row, ahead.end - j, p_.value_dim);
       dot_scores<T>(rows_, queries_, query_row_, run.rows, keys.row, run.end - j, p_.head_dim,
                     scores_ + (j - begin), kDecodeKeys);
       j = run.end;

@@ -37,46 +37,63 @@ inline Vec4 sum_lanes(VecF a, VecF b, VecF c, VecF d) {
 template <class T, int kRows, int kKeys>
 inline void dot_tile(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t dim,
                      float* scores, int64_t score_row) {
-  VecF acc[kRows][4] = {};
+  VecF acc[kRows][4];
+  unrolled<kRows * 4>([&](auto t) __attribute__((always_inline)) { acc[t / 4][t % 4] = VecF{}; });
+  const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
+    VecF query[kRows];
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      query[r] = load(q + r * q_row + d);
+    });
+    unrolled<kKeys>([&](auto j) __attribute__((always_inline)) {
+      const VecF key = load_key(keys + j * key_row + d);
+      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        acc[r][j] = fma(query[r], key, acc[r][j]);
+      });
+    });
+  };
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    for (int j = 0; j < kKeys; ++j) {
-      const VecF key = load(keys + j * key_row + d);
-      for (int r = 0; r < kRows; ++r) acc[r][j] = fma(load(q + r * q_row + d), key, acc[r][j]);
-    }
-  }
+  for (; d + kLanes <= dim; d += kLanes) step(d, [](const T* key) { return load(key); });
   if (kLanes > 8 && d < dim) {
     const int tail = static_cast<int>(dim - d);
-    for (int j = 0; j < kKeys; ++j) {
-      const VecF key = load_partial(keys + j * key_row + d, tail);
-      for (int r = 0; r < kRows; ++r) acc[r][j] = fma(load(q + r * q_row + d), key, acc[r][j]);
-    }
+    step(d, [tail](const T* key) { return load_partial(key, tail); });
   }
-  for (int r = 0; r < kRows; ++r) {
+  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
     const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
     std::memcpy(scores + r * score_row, &sums, kKeys * sizeof(float));
-  }
+  });
 }
 
-template <class T, int kRows>
-inline void dot_rows(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t count,
+template <class T, int kKeys>
+inline void dot_keys(int64_t rows, const float* q, int64_t q_row, const T* keys, int64_t key_row,
                      int64_t dim, float* scores, int64_t score_row) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    dot_tile<T, kRows, 4>(q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
+  for (; rows >= 2; rows -= 2, q += 2 * q_row, scores += 2 * score_row) {
+    dot_tile<T, 2, kKeys>(q, q_row, keys, key_row, dim, scores, score_row);
   }
-  for (; j < count; ++j) {
-    dot_tile<T, kRows, 1>(q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
-  }
+  if (rows > 0) dot_tile<T, 1, kKeys>(q, q_row, keys, key_row, dim, scores, score_row);
 }
 
+// Four keys meet all query rows before the next four are read.
 template <class T>
 inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const T* keys, int64_t key_row,
                        int64_t count, int64_t dim, float* scores, int64_t score_row) {
-  for (; rows >= 2; rows -= 2, q += 2 * q_row, scores += 2 * score_row) {
-    dot_rows<T, 2>(q, q_row, keys, key_row, count, dim, scores, score_row);
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    dot_keys<T, 4>(rows, q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
   }
-  if (rows > 0) dot_rows<T, 1>(q, q_row, keys, key_row, count, dim, scores, score_row);
+  for (; j < count; ++j) {
+    dot_keys<T, 1>(rows, q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
+  }
+}
+
+// Asks for `count` rows of values ahead of their use.
+template <class T>
+inline void prefetch_rows(const T* rows, int64_t row, int64_t count, int64_t dim) {
+  for (int64_t j = 0; j < count; ++j) {
+    const char* line = reinterpret_cast<const char*>(rows + j * row);
+    for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(line + byte);
+    }
+  }
 }
 
 // kRows x kVecs vectors of out, over `count` keys.
@@ -84,20 +101,24 @@ template <class T, int kRows, int kVecs>
 inline void weigh_tile(const float* p, int64_t p_row, const T* values, int64_t value_row,
                        int64_t count, float* out, int64_t out_row) {
   VecF acc[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = load(out + r * out_row + v * kLanes);
-  }
+  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
+    acc[t / kVecs][t % kVecs] = load(out + t / kVecs * out_row + t % kVecs * kLanes);
+  });
   for (int64_t j = 0; j < count; ++j, values += value_row) {
     VecF weight[kRows];
-    for (int r = 0; r < kRows; ++r) weight[r] = broadcast(p[r * p_row + j]);
-    for (int v = 0; v < kVecs; ++v) {
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      weight[r] = broadcast(p[r * p_row + j]);
+    });
+    unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
       const VecF value = load(values + v * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][v] = fma(weight[r], value, acc[r][v]);
-    }
+      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        acc[r][v] = fma(weight[r], value, acc[r][v]);
+      });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) store(out + r * out_row + v * kLanes, acc[r][v]);
-  }
+  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
+    store(out + t / kVecs * out_row + t % kVecs * kLanes, acc[t / kVecs][t % kVecs]);
+  });
 }
 
 // The last lanes of a value row that is no whole number of vectors (AVX-512 alone). `out` is

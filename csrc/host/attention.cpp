@@ -1,0 +1,50 @@
+// Which kernel an attention call would get and what it costs, for flashkern.explain.
+#include "attention/plan.h"
+#include "host/bindings.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace flashkern::attention;
+
+py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q,
+                        int64_t seq_k, int64_t head_dim, int64_t value_dim, int64_t element_bytes,
+                        int alignment, int64_t window_left, int64_t window_right) {
+  Problem p;
+  p.batch = batch;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.seq_q = seq_q;
+  p.seq_k = seq_k;
+  p.head_dim = head_dim;
+  p.value_dim = value_dim;
+  p.alignment = static_cast<Alignment>(alignment);
+  p.window_left = window_left;
+  p.window_right = window_right;
+  const SequencePlan plan = plan_sequence(p, sequence_of(p, 0));
+  py::dict out;
+  out["kernel"] = plan.decode ? "decode" : "matrix";
+  out["rows"] = plan.rows;
+  out["task_rows"] = plan.task_rows;
+  out["key_block"] = kKeyBlock;
+  out["split_keys"] = plan.split_keys;
+  out["splits"] = plan.splits;
+  out["tasks"] = batch * kv_heads * plan.tasks_per_head();
+  out["decode_rows"] = kDecodeRows;
+  out["flops"] = forward_flops(p);
+  out["backward_flops"] = backward_flops(p);
+  out["bytes"] = forward_bytes(p, element_bytes);
+  return out;
+}
+
+}  // namespace
+
+FK_HOST_BINDINGS(attention)(py::module_& m) {
+  m.def("attention_plan", &attention_plan, py::arg("batch"), py::arg("heads"), py::arg("kv_heads"),
+        py::arg("seq_q"), py::arg("seq_k"), py::arg("head_dim"), py::arg("value_dim"),
+        py::arg("element_bytes"), py::arg("alignment") = 1, py::arg("window_left") = -1,
+        py::arg("window_right") = -1,
+        "The kernel, the cut and the cost of an attention call on sequences of one length: a dict. "
+        "`rows` are the query rows of a KV head, `decode_rows` how many the decode kernel takes.");
+}
