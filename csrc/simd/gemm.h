@@ -1,13 +1,13 @@
 // The micro-GEMM: C (+)= A B on float tiles that lie in L1 or L2.
 //
-//   A[m][k] = a[m * a_row + k * a_col]   any strides: a transposed A costs nothing (it is broadcast)
-//   B[k][n] = b[k * b_row + n]           rows contiguous: a row-major matrix, or a packed panel
-//   C[m][n] = c[m * c_row + n]
-//   M, N, K at least 1
+//   A[m][k] = a[m * a_row + k * a_col]   any strides: a transposed A costs nothing (it is
+//   broadcast) B[k][n] = b[k * b_row + n]           rows contiguous: a row-major matrix, or a
+//   packed panel C[m][n] = c[m * c_row + n] M, N, K at least 1
 //
-// Registers hold kRows x kVecs vectors of C: 6 x 2 of 16 (AVX2), 14 x 2 of 32 (AVX-512), 6 x 2 of 16
-// (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does their
-// product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over it.
+// Registers hold kRows x kVecs vectors of C: 6 x 2 of 16 (AVX2), 14 x 2 of 32 (AVX-512), 6 x 2 of
+// 16 (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does
+// their product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over
+// it.
 #pragma once
 
 #include <cstdint>
@@ -58,9 +58,8 @@ void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
     });
     unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
       const VecF x = broadcast(a[i * a_row]);
-      unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
-        acc[i][v] = fma(x, row[v], acc[i][v]);
-      });
+      unrolled<kVecs>(
+          [&](auto v) __attribute__((always_inline)) { acc[i][v] = fma(x, row[v], acc[i][v]); });
     });
     a += a_col;
     b += b_row;

@@ -14,7 +14,9 @@
 namespace flashkern::FK_ISA::attention {
 
 inline constexpr int64_t kDecodeKeys = kKeyBlock;
-inline constexpr int64_t kPrefetchKeys = 16;
+
+// Keys, and then values, are read in runs of so many rows, the next run on its way meanwhile.
+inline constexpr int64_t kStreamKeys = 16;
 
 inline int64_t whole_vectors(int64_t n) { return round_up(n, kLanes); }
 
@@ -137,12 +139,9 @@ class DecodeTask {
   void attend(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     const KeyRows<T> keys(p_, p_.key, view_), values(p_, p_.value, view_);
-    // Values are needed after all scores of the block: they travel while the keys are read.
     for (int64_t j = begin; j < end;) {
-      const int64_t step = std::min(j + kPrefetchKeys, end);
-      const auto ahead = values.run(j, step);
-      const auto run = keys.run(j, step);
-      prefetch_rows<T>(ahead.rows, values.row, ahead.end - j, p_.value_dim);
+      const auto run = keys.run(j, std::min(j + kStreamKeys, end));
+      prefetch_rows<T>(run.rows + kStreamKeys * keys.row, keys.row, run.end - j, p_.head_dim);
       dot_scores<T>(rows_, queries_, query_row_, run.rows, keys.row, run.end - j, p_.head_dim,
                     scores_ + (j - begin), kDecodeKeys);
       j = run.end;
@@ -158,7 +157,8 @@ class DecodeTask {
       for (int64_t e = 0; e < out_row_; e += kLanes) store(out + e, load(out + e) * factor);
     }
     for (int64_t j = begin; j < end;) {
-      const auto run = values.run(j, end);
+      const auto run = values.run(j, std::min(j + kStreamKeys, end));
+      prefetch_rows<T>(run.rows + kStreamKeys * values.row, values.row, run.end - j, p_.value_dim);
       weigh_values<T>(rows_, scores_ + (j - begin), kDecodeKeys, run.rows, values.row, run.end - j,
                       p_.value_dim, out_, out_row_);
       j = run.end;

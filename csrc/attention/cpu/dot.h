@@ -1,7 +1,7 @@
 // The two products of the decode kernel. Keys and values come straight from the cache, are widened
 // in registers and used for every query row: memory traffic, not arithmetic, sets the pace.
 //
-//   scores[r][j] = sum_d q[r][d] keys[j][d]      2 rows x 4 keys of dot products in registers
+//   scores[r][j] = sum_d q[r][d] keys[j][d]      2 x 4 or 4 x 2 dot products in registers
 //   out[r][e]   += sum_j p[r][j] values[j][e]    8 to 10 vectors of out in registers
 #pragma once
 
@@ -41,9 +41,8 @@ inline void dot_tile(const float* q, int64_t q_row, const T* keys, int64_t key_r
   unrolled<kRows * 4>([&](auto t) __attribute__((always_inline)) { acc[t / 4][t % 4] = VecF{}; });
   const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
     VecF query[kRows];
-    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-      query[r] = load(q + r * q_row + d);
-    });
+    unrolled<kRows>([&](auto r)
+                        __attribute__((always_inline)) { query[r] = load(q + r * q_row + d); });
     unrolled<kKeys>([&](auto j) __attribute__((always_inline)) {
       const VecF key = load_key(keys + j * key_row + d);
       unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
@@ -63,25 +62,60 @@ inline void dot_tile(const float* q, int64_t q_row, const T* keys, int64_t key_r
   });
 }
 
-template <class T, int kKeys>
-inline void dot_keys(int64_t rows, const float* q, int64_t q_row, const T* keys, int64_t key_row,
-                     int64_t dim, float* scores, int64_t score_row) {
-  for (; rows >= 2; rows -= 2, q += 2 * q_row, scores += 2 * score_row) {
-    dot_tile<T, 2, kKeys>(q, q_row, keys, key_row, dim, scores, score_row);
+// The same with 4 rows x 2 keys: a key is widened once for four rows.
+template <class T>
+inline void dot_square(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t dim,
+                       float* scores, int64_t score_row) {
+  VecF acc[4][2];
+  unrolled<8>([&](auto t) __attribute__((always_inline)) { acc[t / 2][t % 2] = VecF{}; });
+  const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
+    const VecF key[2] = {load_key(keys + d), load_key(keys + key_row + d)};
+    unrolled<4>([&](auto r) __attribute__((always_inline)) {
+      const VecF query = load(q + r * q_row + d);
+      acc[r][0] = fma(query, key[0], acc[r][0]);
+      acc[r][1] = fma(query, key[1], acc[r][1]);
+    });
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) step(d, [](const T* key) { return load(key); });
+  if (kLanes > 8 && d < dim) {
+    const int tail = static_cast<int>(dim - d);
+    step(d, [tail](const T* key) { return load_partial(key, tail); });
   }
-  if (rows > 0) dot_tile<T, 1, kKeys>(q, q_row, keys, key_row, dim, scores, score_row);
+  unrolled<2>([&](auto pair) __attribute__((always_inline)) {
+    constexpr int r = 2 * pair;
+    const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
+    std::memcpy(scores + r * score_row, &sums, 8);
+    std::memcpy(scores + (r + 1) * score_row, reinterpret_cast<const char*>(&sums) + 8, 8);
+  });
 }
 
 // Four keys meet all query rows before the next four are read.
 template <class T>
 inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const T* keys, int64_t key_row,
                        int64_t count, int64_t dim, float* scores, int64_t score_row) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    dot_keys<T, 4>(rows, q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
+  for (; count >= 4; count -= 4, keys += 4 * key_row, scores += 4) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      const float* queries = q + r * q_row;
+      float* out = scores + r * score_row;
+      dot_square(queries, q_row, keys, key_row, dim, out, score_row);
+      dot_square(queries, q_row, keys + 2 * key_row, key_row, dim, out + 2, score_row);
+    }
+    for (; r + 2 <= rows; r += 2) {
+      dot_tile<T, 2, 4>(q + r * q_row, q_row, keys, key_row, dim, scores + r * score_row,
+                        score_row);
+    }
+    if (r < rows) {
+      dot_tile<T, 1, 4>(q + r * q_row, q_row, keys, key_row, dim, scores + r * score_row,
+                        score_row);
+    }
   }
-  for (; j < count; ++j) {
-    dot_keys<T, 1>(rows, q, q_row, keys + j * key_row, key_row, dim, scores + j, score_row);
+  for (; count > 0; --count, keys += key_row, ++scores) {
+    for (int64_t r = 0; r < rows; ++r) {
+      dot_tile<T, 1, 1>(q + r * q_row, q_row, keys, key_row, dim, scores + r * score_row,
+                        score_row);
+    }
   }
 }
 
@@ -106,9 +140,8 @@ inline void weigh_tile(const float* p, int64_t p_row, const T* values, int64_t v
   });
   for (int64_t j = 0; j < count; ++j, values += value_row) {
     VecF weight[kRows];
-    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-      weight[r] = broadcast(p[r * p_row + j]);
-    });
+    unrolled<kRows>(
+        [&](auto r) __attribute__((always_inline)) { weight[r] = broadcast(p[r * p_row + j]); });
     unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
       const VecF value = load(values + v * kLanes);
       unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
