@@ -17,7 +17,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto;
 h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
 p.sub { color: var(--faint); margin: .2rem 0 1.4rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; }
-.tile { flex: 1 1 14rem; border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
+.tile { flex: 1 1 10.5rem; border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
 .tile b { display: block; font-size: 1.5rem; font-weight: 650; }
 .tile span { color: var(--faint); font-size: .87rem; }
 .scroll { overflow-x: auto; }
