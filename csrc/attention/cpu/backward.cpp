@@ -92,11 +92,12 @@ void key_blocks(const BackwardParams& p, const Threads& threads) {
   const BiasGradient& g = p.grad_bias;
   const bool biased = g.data != nullptr;
   const int64_t blocks = blocks_of(p.seq_k, tile_keys(p));
+  if (p.batch * p.kv_heads * blocks == 0) return;
   const int64_t batch_tasks = biased && g.batch == 0 ? 1 : p.batch;
   const int64_t head_tasks = biased && g.head == 0 ? 1 : p.kv_heads;
   const int64_t block_tasks = biased && g.column == 0 ? 1 : blocks;
   const int64_t batches = p.batch / batch_tasks, heads = p.kv_heads / head_tasks;
-  const int64_t task_blocks = block_tasks > 0 ? blocks / block_tasks : 0;
+  const int64_t task_blocks = blocks / block_tasks;
 
   Tickets tickets(p);
   threads.run(block_tasks * batch_tasks * head_tasks, [&](int64_t task, int) {
