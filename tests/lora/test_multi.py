@@ -1,0 +1,98 @@
+"""lora_linear_multi: an adapter for each row, forward and backward."""
+
+import pytest
+import torch
+
+import flashkern as fk
+from flashkern import reference
+
+
+def make(rows: int, adapters: int, dtype: torch.dtype = torch.float32):
+    x = torch.randn(rows, 70).to(dtype)
+    weight = (torch.randn(50, 70) / 8).to(dtype)
+    a = torch.randn(adapters, 6, 70) / 8
+    b = torch.randn(adapters, 50, 6)
+    ids = torch.randint(-1, adapters, (rows,))
+    return x, weight, a, b, ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows,adapters", [(0, 2), (1, 1), (9, 3), (350, 2), (64, 40)])
+def test_against_the_definition(isa: str, rows: int, adapters: int, dtype: torch.dtype) -> None:
+    x, weight, a, b, ids = make(rows, adapters, dtype)
+    if dtype == torch.float64:
+        a, b = a.double(), b.double()
+    scaling = torch.rand(adapters) + 0.5
+    bias = torch.randn(50).to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, a, b, bias)]
+    y = fk.lora_linear_multi(
+        leaves[0], weight, leaves[1], leaves[2], ids, bias=leaves[3], scaling=scaling
+    )
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    exact = [t.double().requires_grad_() for t in (x, a, b, bias)]
+    expected = reference.lora_linear_multi(
+        exact[0], weight.double(), exact[1], exact[2], ids, bias=exact[3], scaling=scaling.double()
+    )
+    expected.backward(grad.double())
+    eps = torch.finfo(dtype).eps
+    pairs = [(y, expected), *[(g.grad, e.grad) for g, e in zip(leaves, exact, strict=True)]]
+    for got, want in pairs:
+        assert (got.double() - want).norm() <= 8 * eps * want.norm() + 1e-12
+
+
+def test_is_the_single_operator_where_all_rows_agree() -> None:
+    x, weight, a, b, _ = make(130, 3)
+    for n in range(3):
+        one = fk.lora_linear(x, weight, a[n], b[n], scaling=0.3)
+        ids = torch.full((130,), n, dtype=torch.int32)
+        assert torch.equal(fk.lora_linear_multi(x, weight, a, b, ids, scaling=0.3), one)
+
+
+def test_rows_without_an_adapter_are_the_base_product() -> None:
+    x, weight, a, b, ids = make(40, 2)
+    y = fk.lora_linear_multi(x, weight, a, b, ids)
+    base = torch.nn.functional.linear(x, weight)
+    assert torch.equal(y[ids == -1], base[ids == -1])
+    assert not torch.equal(y[ids == 0], base[ids == 0])
+
+
+def test_an_unused_adapter_gets_a_zero_gradient() -> None:
+    x, weight, a, b, _ = make(20, 3)
+    a.requires_grad_()
+    b.requires_grad_()
+    ids = torch.tensor([0, 2] * 10)
+    fk.lora_linear_multi(x, weight, a, b, ids).sum().backward()
+    assert a.grad[1].eq(0).all() and b.grad[1].eq(0).all()
+    assert a.grad[0].ne(0).any() and b.grad[2].ne(0).any()
+
+
+def test_ids_in_the_shape_of_the_leading_dimensions() -> None:
+    x, weight, a, b, ids = make(24, 3)
+    flat = fk.lora_linear_multi(x, weight, a, b, ids)
+    deep = fk.lora_linear_multi(x.view(2, 3, 4, 70), weight, a, b, ids.view(2, 3, 4))
+    mixed = fk.lora_linear_multi(x.view(2, 3, 4, 70), weight, a, b, ids)
+    assert torch.equal(deep.view(24, 50), flat) and torch.equal(mixed, deep)
+    per_sequence = torch.tensor([2, -1]).view(2, 1).expand(2, 12)
+    y = fk.lora_linear_multi(x.view(2, 12, 70), weight, a, b, per_sequence)
+    assert torch.equal(y[0], fk.lora_linear(x[:12], weight, a[2], b[2]))
+
+
+def test_same_bits_at_any_number_of_threads(threads: None) -> None:
+    x, weight, a, b, ids = make(600, 5)
+    a.requires_grad_()
+    runs = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        y = fk.lora_linear_multi(x, weight, a, b, ids)
+        (gradient,) = torch.autograd.grad(y.square().sum(), a)
+        runs.append((y, gradient))
+    assert all(torch.equal(runs[0][i], run[i]) for run in runs[1:] for i in range(2))
+
+
+def test_an_id_out_of_range_is_refused() -> None:
+    x, weight, a, b, ids = make(8, 2)
+    for bad in (2, -2):
+        ids[5] = bad
+        with pytest.raises(RuntimeError, match=rf"adapter_ids must lie in \[-1, 2\), got {bad}"):
+            fk.lora_linear_multi(x, weight, a, b, ids)
