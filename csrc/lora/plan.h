@@ -55,7 +55,8 @@ inline LoraPlan lora_plan(int64_t rows, int64_t adapters, const int64_t* ids) {
       if (ids[i] >= 0) plan.order[next[ids[i]]++] = i;
     }
   }
-  plan.first.push_back(static_cast<int64_t>(plan.segments.size()));
+  // No rows, no memory for ids: their pointer is null then, and the other adapters have no segment.
+  plan.first.resize(adapters + 1, static_cast<int64_t>(plan.segments.size()));
   return plan;
 }
 
