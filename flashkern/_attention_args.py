@@ -45,9 +45,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOW else t for t in tensors
-    )
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOW else t for t in tensors)
 
 
 def contiguous_last(tensor: Tensor) -> Tensor:

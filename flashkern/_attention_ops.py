@@ -1,7 +1,7 @@
 """What torch must know of the attention operators beside their kernels.
 
-Shapes for tracing, gradients, vmap rules, FLOP formulas. The operators take every argument by place;
-:mod:`flashkern.attention` is the face that checks them.
+Shapes for tracing, gradients, vmap rules, FLOP formulas. The operators take every argument by
+place; :mod:`flashkern.attention` is the face that checks them.
 """
 
 import math
@@ -32,7 +32,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     That layer is Python and costs as much as a small decode step.
     """
-    if torch.compiler.is_compiling() or needs_grad(*arguments[:_SINKS + 1]):
+    if torch.compiler.is_compiling() or needs_grad(*arguments[: _SINKS + 1]):
         return FORWARD(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return FORWARD(*arguments)
@@ -44,12 +44,14 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("flashkern::attention_forward")
-def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *rows, _ = query.shape
     lse_shape = rows[::-1] if len(rows) == 2 else rows
     lse = query.new_empty(lse_shape, dtype=sums_dtype(query.dtype))
+    if len(rows) == 3 and query.stride(1) < query.stride(2):
+        batch, heads, length = rows
+        packed = query.new_empty((batch, length, heads, value.shape[-1]))
+        return packed.transpose(1, 2), lse
     return query.new_empty((*rows, value.shape[-1])), lse
 
 
@@ -130,9 +132,7 @@ torch.library.register_autograd("flashkern::attention_backward", _double_backwar
 
 
 def _sample(arguments: tuple[Any, ...], in_dims: tuple[Any, ...], i: int) -> list[Any]:
-    return [
-        a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)
-    ]
+    return [a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)]
 
 
 def _foldable(arguments: tuple[Any, ...], in_dims: tuple[Any, ...]) -> bool:
@@ -205,5 +205,3 @@ def _backward_flops(
 ) -> int:  # fmt: skip
     pairs = _pairs(query, key, rest[6], rest[7])
     return 2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1])
-
-

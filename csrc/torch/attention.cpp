@@ -117,6 +117,16 @@ void set_paged(Problem& p, const AttentionArguments& a) {
               p.page_size, a.key.size(0));
 }
 
+// Laid out as query is: where its heads lie side by side in a row, so do those of the output.
+Tensor new_output(const Tensor& query, int64_t rows, int64_t value_dim) {
+  using torch::stable::new_empty;
+  const int64_t heads = query.size(1);
+  if (query.dim() == 3) return new_empty(query, {rows, heads, value_dim});
+  const int64_t batch = query.size(0);
+  if (query.stride(1) >= query.stride(2)) return new_empty(query, {batch, heads, rows, value_dim});
+  return torch::stable::transpose(new_empty(query, {batch, rows, heads, value_dim}), 1, 2);
+}
+
 attention::Output writable(const attention::Matrix& m) {
   return {const_cast<void*>(m.data), m.batch, m.head, m.row};
 }
@@ -189,8 +199,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   const int64_t rows = query.size(packed ? 0 : 2);
   const bool wide = p.dtype == DType::kFloat64;
   const auto lse_type = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor output = packed ? torch::stable::new_empty(query, {rows, p.heads, p.value_dim})
-                         : torch::stable::new_empty(query, {p.batch, p.heads, rows, p.value_dim});
+  Tensor output = new_output(query, rows, p.value_dim);
   Tensor lse = packed ? torch::stable::new_empty(query, {p.heads, rows}, lse_type)
                       : torch::stable::new_empty(query, {p.batch, p.heads, rows}, lse_type);
   p.output = output_of(output);
