@@ -12,6 +12,7 @@ from flashkern.attention import (
     merge_attention,
 )
 from flashkern.beam import BeamTopK, beam_topk, merge_topk
+from flashkern.explain import explain
 from flashkern.lora import lora_linear, lora_linear_multi
 from flashkern.sdpa import scaled_dot_product_attention
 
@@ -23,6 +24,7 @@ __all__ = [
     "attention_varlen",
     "beam_topk",
     "cpu_isa",
+    "explain",
     "lora_linear",
     "lora_linear_multi",
     "merge_attention",

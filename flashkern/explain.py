@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from flashkern import _host, _ops
 
@@ -111,9 +112,14 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
         attention: ...
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    import flashkern
+    import flashkern._plans  # registers the planners
+
     if name not in _PLANNERS:
         known = ", ".join(sorted(_PLANNERS))
         raise ValueError(f"explain: op must be one of {known}, got {name}")
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the call's own checks, on shapes alone
+        getattr(flashkern, name)(*args, **kwargs)
     facts = _PLANNERS[name](*args, **kwargs)
     threads = torch.get_num_threads()
     peak_flops, peak_bytes = machine_limits(threads)

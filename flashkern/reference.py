@@ -137,7 +137,7 @@ def attention_kvcache(
     page_table: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The output and lse of :func:`flashkern.attention_kvcache`; the cache itself is not changed."""
+    """The output and lse of :func:`flashkern.attention_kvcache`; the cache stays as it is."""
     lengths = cache_lengths.long()
     if page_table is not None:
         k_cache, v_cache = gather_pages(k_cache, page_table), gather_pages(v_cache, page_table)

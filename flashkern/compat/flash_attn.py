@@ -107,7 +107,8 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
         >>> flash_attn_qkvpacked_func(torch.randn(1, 5, 3, 4, 64), causal=True).shape
         torch.Size([1, 5, 4, 64])
     """
-    return flash_attn_func(*qkv.unbind(dim=2), *args, **kwargs)
+    q, k, v = qkv.unbind(dim=2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_varlen_func(

@@ -9,13 +9,13 @@
 namespace flashkern::FK_ISA::attention {
 
 // A tile's rows and keys are multiples of the micro-GEMM's own, so that no product has a remainder:
-// 96 = 16 * kGemmRows = 6 * kGemmCols on AVX2, 224 = 16 * kGemmRows = 7 * kGemmCols on AVX-512. Keys
-// are also a multiple of 4, as a dropout counter wants. Up to 128 features, what a task holds fits an
-// L2 of 512 KiB (AVX2) or 1 MiB (AVX-512).
+// 96 = 16 * kGemmRows = 6 * kGemmCols on AVX2, 224 = 16 * kGemmRows = 7 * kGemmCols on AVX-512.
+// Keys are also a multiple of 4, as a dropout counter wants. Up to 128 features, what a task holds
+// fits an L2 of 512 KiB (AVX2) or 1 MiB (AVX-512).
 inline constexpr int64_t kTileRows = kLanes == 16 ? 56 : 96;
 inline constexpr int64_t kTileKeys = kLanes == 16 ? 224 : 96;
 inline constexpr int64_t kWideTileKeys = kTileKeys / 2;  // for more than 128 features
-inline constexpr int64_t kMaskedRows = 2 * kGemmRows;    // the grain at which a diagonal is followed
+inline constexpr int64_t kMaskedRows = 2 * kGemmRows;  // the grain at which a diagonal is followed
 
 inline int64_t tile_keys(const Problem& p) {
   return std::max(p.head_dim, p.value_dim) > 128 ? kWideTileKeys : kTileKeys;

@@ -16,8 +16,9 @@ namespace flashkern::FK_ISA::topk {
 using beam::Candidate;
 using beam::Normaliser;
 
-// The k-th greatest (k from 1) of some numbers. Each round spreads the range that is left over 1024 bins
-// and keeps the bin that holds the answer: one round for most lists, three at worst, whatever the values.
+// The k-th greatest (k from 1) of some numbers. Each round spreads the range that is left over 1024
+// bins and keeps the bin that holds the answer: one round for most lists, three at worst, whatever
+// the values.
 inline uint32_t kth_greatest(std::vector<uint32_t> values, int64_t k) {
   constexpr int kBits = 10;
   for (;;) {
@@ -51,7 +52,8 @@ inline uint32_t kth_greatest(const Candidate* candidates, int64_t n, int64_t k) 
   return kth_greatest(std::move(values), k);
 }
 
-// Keeps the k best of n > k candidates in flat order, in that order, and returns the score of the last.
+// Keeps the k best of n > k candidates in flat order, in that order, and returns the score of the
+// last.
 inline uint32_t keep_best(Candidate* candidates, int64_t n, int64_t k) {
   const uint32_t last = kth_greatest(candidates, n, k);
   int64_t ties = k, kept = 0;
@@ -63,8 +65,8 @@ inline uint32_t keep_best(Candidate* candidates, int64_t n, int64_t k) {
   return last;
 }
 
-// Candidates in ascending flat order. When the room runs out, the k best stay and the threshold rises to
-// the last of them, which no later candidate beats by being equal.
+// Candidates in ascending flat order. When the room runs out, the k best stay and the threshold
+// rises to the last of them, which no later candidate beats by being equal.
 struct Candidates {
   std::unique_ptr<Candidate[]> data;
   int64_t count = 0, room = 0;

@@ -1,0 +1,102 @@
+"""The planners behind :func:`flashkern.explain`: each operator's shape, its kernel, its cost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashkern import _attention_args, _host
+from flashkern.explain import planner
+
+
+def _attention_facts(
+    query: Tensor, key: Tensor, value: Tensor, keys: int, band: _attention_args.Band
+) -> dict[str, Any]:
+    batch, heads, rows, head_dim = query.shape
+    plan = _host.attention_plan(
+        batch, heads, key.shape[1], rows, keys, head_dim, value.shape[3],
+        query.element_size(), *band,
+    )  # fmt: skip
+    few = f"{plan['rows']} query rows for each KV head"
+    limit = plan.pop("decode_rows")
+    if query.dtype == torch.float64:
+        plan["kernel"], why = "float64 rows", "float64 runs unhurried"
+    elif plan["kernel"] == "decode":
+        why = f"{few}, at most {limit}: the cache is streamed"
+    else:
+        why = f"{few}, more than {limit}: products of tiles"
+    return {**plan, "why": why}
+
+
+@planner("attention")
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool | str = False,
+    window: _attention_args.Window = None,
+    **_: Any,
+) -> dict[str, Any]:
+    band = _attention_args.band("attention", causal, window, own_length=False)
+    return _attention_facts(query, key, value, key.shape[2], band)
+
+
+@planner("scaled_dot_product_attention")
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> dict[str, Any]:
+    query, key, value = (t[(None,) * (4 - t.dim())].flatten(0, -4) for t in (query, key, value))
+    return _attention(query, key, value, causal="top_left" if is_causal else False)
+
+
+@planner("attention_kvcache")
+def _attention_kvcache(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    causal: bool | str = False,
+    window: _attention_args.Window = None,
+    **_: Any,
+) -> dict[str, Any]:
+    keys = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+    band = _attention_args.band("attention_kvcache", causal, window, own_length=False)
+    return _attention_facts(query, k_cache, v_cache, keys, band)
+
+
+@planner("lora_linear")
+def _lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, **_: Any
+) -> dict[str, Any]:
+    out, width = weight.shape
+    rank, rows = lora_a.shape[-2], x.numel() // max(width, 1)
+    elements = rows * (width + out) + out * width
+    adapters = (lora_a.numel() + lora_b.numel()) * lora_a.element_size()
+    return {
+        "kernel": "torch's BLAS for x W^T, then one pass for the adapter",
+        "why": "the base product is BLAS's own; h = x A^T and y += h B^T share a pass over rows",
+        "flops": 2.0 * rows * (width * out + rank * (width + out)),
+        "bytes": float(elements * x.element_size() + adapters),
+        **_host.lora_plan(rows),
+    }
+
+
+@planner("beam_topk")
+def _beam_topk(logits: Tensor, beam_scores: Tensor, k: int, **_: Any) -> dict[str, Any]:
+    half = logits.dtype in (torch.bfloat16, torch.float16)
+    plan = _host.beam_topk_plan(*logits.shape, k, half, torch.get_num_threads())
+    moved = plan.pop("read_bytes") + plan.pop("write_bytes")
+    return {
+        "kernel": "one pass of chunk maxima and sums, then the chunks above the threshold",
+        "why": "one kernel serves every k",
+        "bytes": float(moved),
+        **plan,
+    }

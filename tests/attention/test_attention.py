@@ -1,0 +1,185 @@
+"""Attention against its definition in float64: every feature, both passes, in every ISA."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import flashkern as fk
+from flashkern import random, reference
+
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+def draw(
+    shape: tuple[int, int, int, int, int], dim: int, dtype: torch.dtype, value_dim: int = 0
+) -> list[Tensor]:
+    batch, heads, kv_heads, rows, columns = shape
+    sizes = ((heads, rows, dim), (kv_heads, columns, dim), (kv_heads, columns, value_dim or dim))
+    return [torch.randn(batch, *size).to(dtype).requires_grad_() for size in sizes]
+
+
+def run(function: Any, tensors: list[Tensor], **options: Any) -> list[Tensor]:
+    """Output, lse and the gradients of both, for one random direction."""
+    output, lse = function(*tensors, **options)
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    torch.manual_seed(1)
+    direction = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
+    weight = torch.randn(lse.shape, dtype=torch.float64).to(lse.dtype)
+    wanted = [t for t in (*tensors, *options.values()) if isinstance(t, Tensor) and t.requires_grad]
+    grads = torch.autograd.grad((output * direction).sum() + (lse * weight).sum(), wanted)
+    return [output.detach(), lse.detach(), *grads]
+
+
+def wide(value: Any) -> Any:
+    """A float tensor in float64, as a leaf of its own; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def check(tensors: list[Tensor], keep: Tensor | None = None, **options: Any) -> None:
+    """At most twice the error of the definition run by torch in the same dtype, and a floor."""
+    fixed = {} if keep is None else {"keep": keep}
+    exact = run(
+        reference.attention,
+        [wide(t) for t in tensors],
+        **{name: wide(v) for name, v in options.items()},
+        **fixed,
+    )
+    plain = run(reference.attention, tensors, **options, **fixed)
+    torch.manual_seed(7)
+    got = run(lambda *t, **o: fk.attention(*t, return_lse=True, **o), tensors, **options)
+    floor = FLOOR[tensors[0].dtype]
+    for place, (mine, theirs, want) in enumerate(zip(got, plain, exact, strict=True)):
+        assert mine.shape == want.shape
+        scale = want.abs().max().clamp(min=1.0) if want.numel() else torch.tensor(1.0)
+        error = (mine.double() - want).abs().max().item() if want.numel() else 0.0
+        allowed = (theirs.double() - want).abs().max().item() if want.numel() else 0.0
+        assert error <= 2 * allowed + floor * scale.item(), f"result {place}"
+
+
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 4, 2, 17, 33),
+    (1, 2, 1, 64, 64),
+    (1, 3, 3, 127, 129),
+    (1, 2, 2, 131, 67),
+    (2, 8, 2, 1, 300),
+    (1, 2, 1, 5, 0),
+    (0, 2, 1, 5, 4),
+    (1, 2, 1, 0, 4),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+def test_shapes(isa: str, shape: tuple[int, int, int, int, int], causal: Any) -> None:
+    check(draw(shape, 32, torch.float32), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", list(FLOOR))
+@pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (64, 64), (40, 72), (128, 64), (256, 256)])
+def test_dtypes_and_head_dims(isa: str, dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    check(draw((1, 4, 2, 37, 70), dim, dtype, value_dim), causal=True)
+
+
+OPTIONS: dict[str, Any] = {
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0, "causal": True},
+    "window": {"window": (7, 3)},
+    "window left": {"window": (5, None), "causal": True},
+    "lengths": {"kv_lengths": torch.tensor([70, 9])},
+    "no keys": {"kv_lengths": torch.tensor([0, 30]), "causal": True},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize("rows", [1, 45])
+def test_options(isa: str, name: str, rows: int) -> None:
+    check(draw((2, 4, 2, rows, 70), 32, torch.float32), **OPTIONS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 4, 45, 70), (1, 4, 45, 70), (2, 1, 1, 70), (45, 1), (1, 1)])
+def test_float_bias_and_its_gradient(isa: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    bias = torch.randn(size).to(dtype).requires_grad_()
+    check(draw((2, 4, 2, 45, 70), 32, dtype), bias=bias)
+
+
+def test_bool_bias_with_rows_that_see_nothing(isa: str) -> None:
+    bias = torch.rand(2, 1, 45, 70) < 0.3
+    bias[:, :, 10:20] = False
+    tensors = draw((2, 4, 2, 45, 70), 32, torch.float32)
+    check(tensors, bias=bias)
+    output, lse = fk.attention(*tensors, bias=bias, return_lse=True)
+    assert (output[:, :, 10:20] == 0).all() and (lse[:, :, 10:20] == -torch.inf).all()
+
+
+def test_sinks_and_their_gradient(isa: str) -> None:
+    sinks = torch.randn(4).requires_grad_()
+    check(draw((2, 4, 2, 45, 70), 32, torch.float32), sinks=sinks, causal=True)
+    check(draw((1, 4, 2, 45, 7), 32, torch.float32), sinks=sinks, causal=True)
+
+
+@pytest.mark.parametrize("rows", [1, 45])
+def test_dropout_is_the_function(isa: str, rows: int) -> None:
+    torch.manual_seed(7)
+    keep = random.attention_keep_mask(random.draw_seed(), 0.4, 2, 4, rows, 70)
+    check(draw((2, 4, 2, rows, 70), 32, torch.float32), keep=keep, dropout_p=0.4)
+
+
+def test_strided_and_expanded_views(isa: str) -> None:
+    query = torch.randn(2, 45, 4, 32).transpose(1, 2).requires_grad_()
+    key = torch.randn(1, 1, 70, 64)[..., ::2].expand(2, 2, 70, 32).requires_grad_()
+    value = torch.randn(2, 70, 2, 40).transpose(1, 2)[..., 8:].requires_grad_()
+    check([query, key, value], causal=True)
+
+
+def test_huge_values_and_nan(isa: str) -> None:
+    query, key, value = (t.detach() for t in draw((1, 2, 2, 20, 30), 32, torch.float32))
+    assert fk.attention(query * 1e4, key * 1e4, value).isfinite().all()
+    query[0, 0, 3] = torch.nan
+    output = fk.attention(query, key, value)
+    assert output[0, 0, 3].isnan().all() and output[0, 1].isfinite().all()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_drawn_combinations(data: st.DataObject) -> None:
+    group, kv_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2))
+    rows, columns = data.draw(st.integers(0, 80)), data.draw(st.integers(0, 200))
+    heads, batch = group * kv_heads, data.draw(st.integers(1, 2))
+    side = st.one_of(st.none(), st.integers(0, 40))
+    options: dict[str, Any] = {
+        "causal": data.draw(st.sampled_from([False, "top_left", "bottom_right"])),
+        "window": data.draw(st.one_of(st.none(), st.tuples(side, side))),
+        "softcap": data.draw(st.sampled_from([0.0, 3.0])),
+    }
+    if data.draw(st.booleans()):
+        options["kv_lengths"] = torch.randint(0, columns + 1, (batch,))
+    if data.draw(st.booleans()):
+        options["sinks"] = torch.randn(heads).requires_grad_()
+    if data.draw(st.booleans()):
+        options["bias"] = torch.randn(batch, 1, rows, columns).requires_grad_()
+    dim = 8 * data.draw(st.integers(1, 10))
+    check(draw((batch, heads, kv_heads, rows, columns), dim, torch.float32), **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 150, 300), (1, 4, 1, 1, 3000), (3, 4, 4, 40, 40)])
+def test_same_bits_on_any_threads_and_in_any_batch(
+    isa: str, threads: None, shape: tuple[int, int, int, int, int]
+) -> None:
+    tensors = draw(shape, 64, torch.float32)
+    results = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        results.append(run(lambda *t: fk.attention(*t, causal=True, return_lse=True), tensors))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    alone = fk.attention(*(t[:1].detach() for t in tensors), causal=True)
+    assert torch.equal(alone, results[0][0][:1])

@@ -1,0 +1,74 @@
+"""Packed sequences, caches and partial results: each equals the dense call that it stands for."""
+
+import pytest
+import torch
+
+import flashkern as fk
+from flashkern import reference
+
+STARTS_Q = torch.tensor([0, 5, 5, 40, 41], dtype=torch.int32)
+STARTS_K = torch.tensor([0, 9, 12, 52, 90], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (6, 2), "softcap": 3.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_varlen(isa: str, options: dict, dtype: torch.dtype) -> None:
+    query = torch.randn(41, 4, 32, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(90, 2, 32, dtype=dtype, requires_grad=True) for _ in range(2))
+    got = fk.attention_varlen(
+        query, key, value, STARTS_Q, STARTS_K, 35, 40, return_lse=True, **options
+    )
+    want = reference.attention_varlen(query, key, value, STARTS_Q, STARTS_K, **options)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(got[0])
+    mine, theirs = (
+        torch.autograd.grad(result[0], (query, key, value), direction) for result in (got, want)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_with_append_and_pages(isa: str, rows: int, dtype: torch.dtype) -> None:
+    lengths = torch.tensor([0, 37, 700])
+    query = torch.randn(3, 8, rows, 64).to(dtype)
+    k, v = (torch.randn(3, 2, rows, 64).to(dtype) for _ in range(2))
+    k_cache, v_cache = (torch.randn(3, 2, 768, 64).to(dtype) for _ in range(2))
+    want, _ = reference.attention_kvcache(
+        *(t.float() for t in (query, k_cache, v_cache)),
+        cache_lengths=lengths,
+        k=k.float(),
+        v=v.float(),
+        causal=True,
+    )
+    table = torch.randperm(48 * 3).view(3, 48).int()
+    paged = [torch.empty(48 * 3, 2, 16, 64, dtype=dtype) for _ in range(2)]
+    for pages, cache in zip(paged, (k_cache, v_cache), strict=True):
+        pages[table.long()] = cache.unflatten(2, (48, 16)).transpose(1, 2)
+    options = {"cache_lengths": lengths, "k": k, "v": v, "causal": True}
+    dense = fk.attention_kvcache(query, k_cache, v_cache, **options)
+    torch.testing.assert_close(dense.float(), want, rtol=2e-2, atol=2e-2 if dtype != torch.float32
+                               else 1e-5)  # fmt: skip
+    assert torch.equal(k_cache[1, :, 37 : 37 + rows], k[1])
+    assert torch.equal(dense, fk.attention_kvcache(query, *paged, page_table=table, **options))
+    assert torch.equal(reference.gather_pages(paged[1], table)[2, :, 700 : 700 + rows], v[2])
+
+
+def test_merge_is_the_whole(isa: str) -> None:
+    query, key, value = (torch.randn(2, 4, 33, 64, requires_grad=True) for _ in range(3))
+    whole, lse = fk.attention(query, key, value, return_lse=True)
+    cuts = [slice(0, 7), slice(7, 7), slice(7, 33)]
+    parts = [fk.attention(query, key[:, :, c], value[:, :, c], return_lse=True) for c in cuts]
+    merged, merged_lse = fk.merge_attention(*zip(*parts, strict=True))
+    torch.testing.assert_close((merged, merged_lse), (whole, lse), rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(whole)
+    mine, theirs = (torch.autograd.grad(o, (query, key, value), direction) for o in (merged, whole))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_outside_the_cache_are_refused() -> None:
+    query, cache = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 16, 32)
+    with pytest.raises(RuntimeError):
+        fk.attention_kvcache(
+            query, cache, cache.clone(), cache_lengths=torch.tensor([16]), k=query, v=query
+        )

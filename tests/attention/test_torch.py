@@ -1,0 +1,114 @@
+"""What torch asks of an operator: opcheck, gradcheck, compile, autocast, vmap; and refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import flashkern as fk
+from flashkern._attention_ops import APPEND, FORWARD
+
+
+def tensors(dtype: torch.dtype = torch.float32, rows: int = 9, **options: Any) -> list[Any]:
+    return [torch.randn(2, 2, rows, 16, dtype=dtype, **options) for _ in range(3)]
+
+
+def test_opcheck() -> None:
+    q, k, v = tensors(requires_grad=True)
+    bias, sinks = torch.randn(1, 2, 9, 9, requires_grad=True), torch.randn(2, requires_grad=True)
+    none = (None,) * 5
+    opcheck(FORWARD, (q, k, v, bias, None, sinks, *none, 9, 9, 1, -1, 0, 0.25, 0.0, 0.0))
+    cache, new = torch.zeros(2, 2, 16, 16), torch.randn(2, 2, 3, 16)
+    lengths = torch.tensor([0, 5], dtype=torch.int32)
+    opcheck(APPEND, (cache, cache.clone(), new, new.clone(), lengths, None))
+
+
+def test_gradcheck() -> None:
+    q, k, v = tensors(torch.float64, rows=5, requires_grad=True)
+    bias = torch.randn(2, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def call(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
+        return fk.attention(
+            q, k, v, causal=True, bias=bias, sinks=sinks, softcap=2.0, return_lse=True
+        )
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias, sinks))
+
+
+def test_compile_fullgraph() -> None:
+    q, k, v = tensors(requires_grad=True)
+    compiled = torch.compile(
+        lambda q, k, v: fk.attention(q, k, v, causal=True) * 2, fullgraph=True, backend="aot_eager"
+    )
+    output = compiled(q, k, v)
+    want = fk.attention(q, k, v, causal=True) * 2
+    assert torch.equal(output, want)
+    direction = torch.randn_like(output)
+    mine, theirs = (torch.autograd.grad(o, (q, k, v), direction) for o in (output, want))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fk.attention(*tensors()).dtype == torch.bfloat16
+
+
+def test_vmap() -> None:
+    q, k, v = (torch.randn(3, 2, 2, 9, 16) for _ in range(3))
+    got = torch.vmap(lambda *t: fk.attention(*t, causal=True))(q, k, v)
+    want = torch.stack([fk.attention(*t, causal=True) for t in zip(q, k, v, strict=True)])
+    assert torch.equal(got, want)
+
+
+def test_double_backward_is_refused() -> None:
+    q, k, v = tensors(requires_grad=True)
+    (grad,) = torch.autograd.grad(fk.attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (2, 3, 2, 5, 16), (2, 2, 5, 13)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sdpa_takes_what_torch_takes(shape: tuple[int, ...], causal: bool) -> None:
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    got = fk.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(got, want)
+
+
+BAD: list[tuple[type[Exception], str, Any]] = [
+    (TypeError, "query must be a tensor", lambda q, k, v: fk.attention([1], k, v)),
+    (TypeError, "query must have dtype", lambda q, k, v: fk.attention(q.int(), k, v)),
+    (TypeError, "key must have the dtype of query", lambda q, k, v: fk.attention(q, k.half(), v)),
+    (ValueError, "query must have 4 dimensions", lambda q, k, v: fk.attention(q[0], k, v)),
+    (ValueError, "key must have query's batch", lambda q, k, v: fk.attention(q, k[:1], v[:1])),
+    (ValueError, "head_dim", lambda q, k, v: fk.attention(q, k[..., :8], v)),
+    (ValueError, "multiple of 8", lambda q, k, v: fk.attention(q[..., :7], k[..., :7], v)),
+    (ValueError, "value must have the shape", lambda q, k, v: fk.attention(q, k, v[:, :, :3])),
+    (ValueError, "causal must be", lambda q, k, v: fk.attention(q, k, v, causal="left")),
+    (ValueError, "window must", lambda q, k, v: fk.attention(q, k, v, window=(-2, 0))),
+    (ValueError, "scale must be finite", lambda q, k, v: fk.attention(q, k, v, scale=float("nan"))),
+    (ValueError, "softcap must be", lambda q, k, v: fk.attention(q, k, v, softcap=-1.0)),
+    (ValueError, "dropout_p must be", lambda q, k, v: fk.attention(q, k, v, dropout_p=1.5)),
+    (ValueError, "bias must be broad", lambda q, k, v: fk.attention(q, k, v, bias=v[:, :, :, :3])),
+    (ValueError, "sinks must have", lambda q, k, v: fk.attention(q, k, v, sinks=torch.ones(3))),
+    (
+        ValueError,
+        "alibi_slopes must have",
+        lambda q, k, v: fk.attention(q, k, v, alibi_slopes=torch.ones(5)),
+    ),
+    (
+        TypeError,
+        "kv_lengths must have dtype",
+        lambda q, k, v: fk.attention(q, k, v, kv_lengths=torch.ones(2)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "call"), BAD, ids=[b[1] for b in BAD])
+def test_bad_arguments(error: type[Exception], message: str, call: Any) -> None:
+    with pytest.raises(error, match=message):
+        call(*tensors())
