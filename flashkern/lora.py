@@ -154,7 +154,7 @@ def _autocast(
     if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    cast = [
+    cast: list[Any] = [
         t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS[:3] else t
         for t in (x, weight, bias)
     ]

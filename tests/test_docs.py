@@ -29,6 +29,11 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0
 
 
+@pytest.mark.parametrize("name", ["attention.md", "lora.md"])
+def test_pages(name: str) -> None:
+    assert doctest.testfile(str(ROOT / "docs" / name), module_relative=False).failed == 0
+
+
 def test_public_functions_have_examples() -> None:
     for name in flashkern.__all__:
         value = getattr(flashkern, name)

@@ -40,7 +40,7 @@ def _one_beam(
     )
     if beams == 1 or keep_all or not _repeated(input_ids, beams):
         return None
-    cache = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get("past_key_values")
     halves = [cache]
     if type(cache) is EncoderDecoderCache:
         halves = [cache.self_attention_cache, cache.cross_attention_cache]
