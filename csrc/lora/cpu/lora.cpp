@@ -16,11 +16,12 @@
 // exists. A^T and B^T tiles are transposed in registers on the way to L1.
 //
 // Memory: for each thread 2 tiles of 96 x 256 floats and one of masks (L2), one panel of 256 x r,
-// two of 96 x r. Backward also keeps a partial dA and dB for each segment, at most 32 for each
+// three of 96 x r. Backward also keeps a partial dA and dB for each segment, at most 32 for each
 // adapter; they are added in the order of rows. With one segment the sums go straight to dA and dB.
 //
-// Numerics: float32 sums; y and dx are rounded once more after the base product's own rounding. One
-// row of h, dh, y and dx depends on no other row.
+// Numerics: float32 sums, tile by tile of 256 columns, so that no chain is longer; y and dx are
+// rounded once more after the base product's own rounding. One row of h, dh, y and dx depends on no
+// other row.
 //
 // Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685).
 #include <memory>
@@ -43,9 +44,10 @@ struct Scratch {
   float* panel;
   float* h;
   float* dh;
+  float* part;  // of h or dh, from one tile of columns
 
   static int64_t floats(int64_t rows, int64_t rank) {
-    return 3 * rows * kCols + kCols * rank + 2 * rows * rank + 6 * kWordRun;
+    return 3 * rows * kCols + kCols * rank + 3 * rows * rank + 6 * kWordRun;
   }
   Scratch(float* base, int64_t rows, int64_t rank)
       : tile(base),
@@ -53,7 +55,8 @@ struct Scratch {
         mask(reinterpret_cast<uint32_t*>(product + rows * kCols)),
         panel(product + 2 * rows * kCols),
         h(panel + kCols * rank),
-        dh(h + rows * rank) {}
+        dh(h + rows * rank),
+        part(dh + rows * rank) {}
 };
 
 struct Workspace {
@@ -126,7 +129,8 @@ void shrink(const LoraForward& p, int64_t adapter, const Rows& rows, const Scrat
     if (p.dropout.threshold) keep_tile(p.dropout, rows, col, cols, s.mask, kCols);
     const Tile tile = read_kept(p.dropout, x, rows, col, cols, s);
     const Tile at = transposed_tile(a, adapter * rank, rank, col, cols, s.panel);
-    gemm<true>(rows.count, rank, cols, {tile.data, tile.row, 1, at.data, at.row, s.h, rank});
+    gemm<false>(rows.count, rank, cols, {tile.data, tile.row, 1, at.data, at.row, s.part, rank});
+    add_kept(s.h, s.part, nullptr, rows.count * rank);
   }
   scale_rows(s.h, rows.count * rank, static_cast<float>(p.adapters.scale[adapter]));
 }
@@ -159,7 +163,8 @@ void backward_out(const LoraBackward& p, int64_t adapter, const Rows& rows, cons
     const Tile g = read_tile(dy, rows, col, cols, s.tile);
     if (p.da || p.dx) {
       const Tile bw = read_tile(b, {nullptr, adapter * p.out + col, cols}, 0, rank, s.panel);
-      gemm<true>(rows.count, rank, cols, {g.data, g.row, 1, bw.data, bw.row, s.dh, rank});
+      gemm<false>(rows.count, rank, cols, {g.data, g.row, 1, bw.data, bw.row, s.part, rank});
+      add_kept(s.dh, s.part, nullptr, rows.count * rank);
     }
     if (db == nullptr) continue;
     const GemmOperands dbt{g.data, 1, g.row, s.h, rank, db + col * rank, rank};
