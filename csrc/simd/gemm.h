@@ -100,6 +100,12 @@ inline void gemm_rows(int64_t M, int64_t K, GemmOperands g, int tail) {
 
 template <bool kAccumulate>
 inline void gemm(int64_t M, int64_t N, int64_t K, GemmOperands g) {
+  if (K == 0) {  // no first step to fill the registers: an empty sum is zero
+    for (int64_t m = 0; !kAccumulate && m < M; ++m) {
+      std::memset(g.c + m * g.c_row, 0, N * sizeof(float));
+    }
+    return;
+  }
   for (; N >= kGemmCols; N -= kGemmCols, g.b += kGemmCols, g.c += kGemmCols) {
     gemm_rows<kGemmVecs, kAccumulate, false>(M, K, g, kLanes);
   }
