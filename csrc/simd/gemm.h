@@ -36,17 +36,8 @@ void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
   const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;
   const float *a = g.a, *b = g.b;
   float* c = g.c;
-  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
-    constexpr int i = t / kVecs, v = t % kVecs;
-    const float* from = c + i * c_row + v * kLanes;
-    if constexpr (!kAccumulate) {
-      acc[i][v] = VecF{};
-    } else if constexpr (kTail && v == kVecs - 1) {
-      acc[i][v] = load_partial(from, tail);
-    } else {
-      acc[i][v] = load(from);
-    }
-  });
+  unrolled<kRows * kVecs>(
+      [&](auto t) __attribute__((always_inline)) { acc[t / kVecs][t % kVecs] = VecF{}; });
   do {
     VecF row[kVecs];
     unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
@@ -64,12 +55,15 @@ void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
     a += a_col;
     b += b_row;
   } while (--K > 0);
+  // C joins at the end: a long sum of sums loses less than one long sum.
   unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
     constexpr int i = t / kVecs, v = t % kVecs;
     float* to = c + i * c_row + v * kLanes;
     if constexpr (kTail && v == kVecs - 1) {
+      if constexpr (kAccumulate) acc[i][v] += load_partial(to, tail);
       store_partial(to, acc[i][v], tail);
     } else {
+      if constexpr (kAccumulate) acc[i][v] += load(to);
       store(to, acc[i][v]);
     }
   });
