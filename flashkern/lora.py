@@ -1,6 +1,7 @@
 """LoRA linear: a frozen linear layer plus a trainable low-rank product, in one operator.
 
-The base product runs in the BLAS that torch carries; everything else is one C++ pass over the rows
+The base product runs in the BLAS that torch carries or, where that is slow, in our own tiles with
+the adapter's product in the same sum (docs/lora.md); everything else is one C++ pass over the rows
 each way. Dropout is a function of a seed: its mask is made again in the backward pass, never
 stored.
 """

@@ -29,6 +29,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     flashkern.cpu_isa(before)
 
 
+@pytest.fixture(params=["blas", "own"])
+def base(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each way to compute the base product of a LoRA linear."""
+    flashkern._ops.ops.lora_base(request.param)
+    yield request.param
+    flashkern._ops.ops.lora_base("auto")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same seed."""
