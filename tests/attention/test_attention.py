@@ -131,13 +131,16 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
-@pytest.mark.parametrize("rows", [1, 45])
+@pytest.mark.parametrize("rows", [1, 3, 45])
 def test_options(isa: str, name: str, rows: int) -> None:
     check(draw((2, 4, 2, rows, 70), 32, torch.float32), **OPTIONS[name])
 
 
+BIASES = [(2, 4, 45, 70), (1, 4, 45, 70), (2, 4, 1, 70), (2, 1, 1, 70), (45, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(2, 4, 45, 70), (1, 4, 45, 70), (2, 1, 1, 70), (45, 1), (1, 1)])
+@pytest.mark.parametrize("size", BIASES)
 def test_float_bias_and_its_gradient(isa: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     bias = torch.randn(size).to(dtype).requires_grad_()
     check(draw((2, 4, 2, 45, 70), 32, dtype), bias=bias)
@@ -152,6 +155,20 @@ def test_bool_bias_with_rows_that_see_nothing(isa: str) -> None:
     assert (output[:, :, 10:20] == 0).all() and (lse[:, :, 10:20] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("rows", [1, 45])
+@pytest.mark.parametrize("columns", [70, 3000])
+def test_nothing_seen_is_zero_whatever_the_values(isa: str, rows: int, columns: int) -> None:
+    """Not a weight of 0 times a value, which would be NaN here; in whole rows and in splits."""
+    query, key, value = (t.detach() for t in draw((1, 4, 2, rows, columns), 32, torch.float32))
+    bias = torch.zeros(1, 4, rows, columns, dtype=torch.bool)
+    bias[:, 1, :, :2] = True
+    value[:, :, 2:] = torch.nan
+    output, lse = fk.attention(query, key, value, bias=bias, return_lse=True)
+    blind = [0, 2, 3]
+    assert (output[:, blind] == 0).all() and (lse[:, blind] == -torch.inf).all()
+    assert lse[:, 1].isfinite().all()
+
+
 def test_sinks_and_their_gradient(isa: str) -> None:
     sinks = torch.randn(4).requires_grad_()
     check(draw((2, 4, 2, 45, 70), 32, torch.float32), sinks=sinks, causal=True)
@@ -159,10 +176,13 @@ def test_sinks_and_their_gradient(isa: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 45])
-def test_dropout_is_the_function(isa: str, rows: int) -> None:
+@pytest.mark.parametrize("window", [None, (150, 30)])
+def test_dropout_is_the_function(isa: str, rows: int, window: Any) -> None:
+    """Over several blocks of keys, and over splits of them, from the first key or a later one."""
     torch.manual_seed(7)
-    keep = random.attention_keep_mask(random.draw_seed(), 0.4, 2, 4, rows, 70)
-    check(draw((2, 4, 2, rows, 70), 32, torch.float32), keep=keep, dropout_p=0.4)
+    keep = random.attention_keep_mask(random.draw_seed(), 0.4, 2, 4, rows, 590)
+    tensors = draw((2, 4, 2, rows, 590), 32, torch.float32)
+    check(tensors, keep=keep, dropout_p=0.4, window=window)
 
 
 def test_strided_and_expanded_views(isa: str) -> None:
