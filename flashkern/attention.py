@@ -351,9 +351,11 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         must = f"have the shape of outputs without the last dimension, {tuple(outputs[0].shape)}"
         check(False, op, "lses", must, tuple(lses[0].shape))
     stacked = torch.stack(lses)
-    lse = stacked.logsumexp(dim=0)
-    nothing = lse == -torch.inf
-    weights = (stacked - lse.masked_fill(nothing, 0)).exp()
+    # A row that is empty in every part stays out of the logsumexp, whose gradient there is NaN.
+    nothing = (stacked == -torch.inf).all(dim=0)
+    finite = stacked.masked_fill(nothing, 0).logsumexp(dim=0)
+    lse = finite.masked_fill(nothing, -torch.inf)
+    weights = (stacked - finite).exp()
     output = sum(w.unsqueeze(-1) * o.to(w.dtype) for w, o in zip(weights, outputs, strict=True))
     assert isinstance(output, Tensor)
     return output.to(outputs[0].dtype), lse
