@@ -81,7 +81,7 @@ dev:
 
 # The package is copied beside the sanitized library. The sanitizer must be the first library in the
 # process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses
-# that are not random.
+# that are not random. -s: a report must not end in pytest's buffer when the process ends.
 SANITIZER ?= address
 SANITIZE_TESTS ?= tests/attention tests/lora tests/beam tests/simd
 SANITIZED := build/sanitized-$(SANITIZER)
@@ -89,7 +89,7 @@ SANITIZE_CMAKE_address :=
 SANITIZE_CMAKE_thread := -DFLASHKERN_ISAS=portable
 SANITIZE_RUN_address := env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"
-SANITIZE_RUN_thread := setarch -R env TSAN_OPTIONS=halt_on_error=1 \
+SANITIZE_RUN_thread := setarch -R env TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
   LD_PRELOAD="$$(g++ -print-file-name=libtsan.so):$$(g++ -print-file-name=libstdc++.so)"
 sanitize: $(VENV)/test.stamp
 	$(MAKE) dev PYTHON=$(PY) BUILD=build/$(SANITIZER) OUT=$(CURDIR)/$(SANITIZED)/flashkern \
@@ -98,7 +98,7 @@ sanitize: $(VENV)/test.stamp
 	cp -r flashkern/*.py flashkern/compat flashkern/integrations $(SANITIZED)/flashkern/
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && PYTHONPATH=. $(SANITIZE_RUN_$(SANITIZER)) \
-	  $(PY) -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
+	  $(PY) -m pytest -s -p no:cacheprovider $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info flashkern/*.so build.log
