@@ -27,6 +27,7 @@
 // Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685).
 #include <memory>
 
+#include "guard.h"
 #include "lora/cpu/few.h"
 #include "lora/cpu/product.h"
 #include "lora/cpu/tiles.h"
@@ -50,16 +51,24 @@ struct Scratch {
   float* part;  // of h or dh, from one tile of columns
 
   static int64_t floats(int64_t rows, int64_t rank) {
-    return 3 * rows * kCols + kCols * rank + 3 * rows * rank + 6 * kWordRun;
+    return 3 * rows * kCols + kCols * rank + 3 * rows * rank + 7 * kGuardFloats;
   }
   Scratch(float* base, int64_t rows, int64_t rank)
-      : tile(base),
-        product(tile + rows * kCols),
-        mask(reinterpret_cast<uint32_t*>(product + rows * kCols)),
-        panel(product + 2 * rows * kCols),
-        h(panel + kCols * rank),
-        dh(h + rows * rank),
-        part(dh + rows * rank) {}
+      : tile(take(base, rows * kCols)),
+        product(take(base, rows * kCols)),
+        mask(reinterpret_cast<uint32_t*>(take(base, rows * kCols))),
+        panel(take(base, kCols * rank)),
+        h(take(base, rows * rank)),
+        dh(take(base, rows * rank)),
+        part(take(base, rows * rank)) {}
+
+ private:
+  static float* take(float*& next, int64_t floats) {
+    float* piece = next;
+    next += floats + kGuardFloats;
+    forbid(piece + floats, kGuardFloats);
+    return piece;
+  }
 };
 
 struct Workspace {
