@@ -9,6 +9,8 @@ from torch.overrides import has_torch_function
 _any_requires_grad = torch._C._any_requires_grad
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def register_autograd(
@@ -35,9 +37,9 @@ def register_autograd(
     node: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _functorch_active():
+        if _is_compiling() or _functorch_active():
             return op(*arguments)
-        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
+        if _is_grad_enabled() and _any_requires_grad(*arguments):
             return op(*arguments) if has_torch_function(arguments) else node.apply(*arguments)
         with _below_autograd():
             return run(*arguments)

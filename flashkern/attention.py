@@ -90,9 +90,7 @@ def attention(
     band = args.band(op, causal, window, own_length=False)
     scale, softcap, dropout_p = args.numbers(op, query, scale, softcap, dropout_p)
     result = forward(
-        args.contiguous_last(query),
-        args.contiguous_last(key),
-        args.contiguous_last(value),
+        *args.contiguous_rows(query, key, value),
         *args.optional(
             op, query, (batch, heads, rows, columns), bias, alibi_slopes, sinks, kv_lengths),
         None, None, None, args.seed_for(query, dropout_p),
@@ -172,9 +170,7 @@ def attention_varlen(
     band = args.band(op, causal, window, own_length=True)
     scale, softcap, dropout_p = args.numbers(op, query, scale, softcap, dropout_p)
     result = forward(
-        args.contiguous_last(query),
-        args.contiguous_last(key),
-        args.contiguous_last(value),
+        *args.contiguous_rows(query, key, value),
         *args.optional(op, query, shape, bias, alibi_slopes, sinks, kv_lengths),
         starts_q, starts_k, None, args.seed_for(query, dropout_p),
         max_seqlen_q, max_seqlen_k, *band, scale, softcap, dropout_p,
@@ -296,7 +292,7 @@ def attention_kvcache(
     elif v is not None:
         check(False, op, "v", "come with k", "v alone")
     result = forward(
-        args.contiguous_last(query), args.contiguous_last(k_cache), args.contiguous_last(v_cache),
+        *args.contiguous_rows(query, k_cache, v_cache),
         bias, slopes, sinks, lengths, None, None, pages, args.seed_for(query, dropout_p),
         rows, columns, *band, scale, softcap, dropout_p,
     )  # fmt: skip
