@@ -48,9 +48,7 @@ def contiguous_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def contiguous_rows(
-    query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def contiguous_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three tensors, copied where their last dimension is not contiguous."""
     if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
         return query, key, value
@@ -58,7 +56,7 @@ def contiguous_rows(
 
 
 def _fit(query: Tensor, key: Tensor, value: Tensor, dims: int) -> bool:
-    """Whether the three are what a kernel takes: `check_matrices` in one pass, without a message."""
+    """Whether a kernel takes the three: `check_matrices` in one pass, without a message."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return False
     q, k, v = query.shape, key.shape, value.shape

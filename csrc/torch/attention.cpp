@@ -201,8 +201,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   const bool wide = p.dtype == DType::kFloat64;
   const auto lse_type = wide ? ScalarType::Double : ScalarType::Float;
   Tensor output = new_output(query, rows, p.value_dim);
-  Tensor lse = packed ? empty<2>({p.heads, rows}, lse_type)
-                      : empty<3>({p.batch, p.heads, rows}, lse_type);
+  Tensor lse =
+      packed ? empty<2>({p.heads, rows}, lse_type) : empty<3>({p.batch, p.heads, rows}, lse_type);
   p.output = output_of(output);
   p.lse = row_values_of(lse);
   if (p.batch * p.heads * rows > 0) {

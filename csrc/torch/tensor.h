@@ -46,9 +46,9 @@ Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(N, sizes.data(), strides.data(), to<int32_t>(from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &tensor));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(),
+                                                         to<int32_t>(from(dtype)),
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);
 }
 

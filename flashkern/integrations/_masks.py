@@ -3,9 +3,9 @@
 transformers hands its mask functions a *recipe* (causal, sliding window, padding, where queries and
 keys begin) and expects a bool tensor (batch, 1, queries, keys). `Mask` is such a tensor to everyone
 who looks, but holds only the recipe: the attention function reads it and passes `causal`,
-`window`, `kv_lengths` or where sequences begin on, so that a kernel skips whole blocks and no (queries x keys) memory
-exists. Any tensor operation on it, a slice for instance, turns it into the dense bool tensor
-first: code that knows nothing of this class always sees the right values.
+`window`, `kv_lengths` or the ends of sequences on, so that a kernel skips whole blocks and no
+(queries x keys) memory exists. Any tensor operation on it, a slice for instance, turns it into the
+dense bool tensor first: code that knows nothing of this class always sees the right values.
 
 Recipes that are not understood (chunks, a user's own functions) become dense masks at once, made by
 transformers' own `sdpa_mask`.
@@ -195,7 +195,7 @@ def _packed_mask(
 
 
 def _padding(mask: Tensor | None, keys: int, kv_offset: int) -> dict[str, Tensor]:
-    """What a 2-D padding mask is in a `Recipe`: nothing, lengths, padding, or padding and starts."""
+    """The fields of a `Recipe` for a 2-D padding mask: none, lengths, or padding (and starts)."""
     if mask is None:
         return {}
     missing = keys + kv_offset - mask.shape[-1]

@@ -1,4 +1,4 @@
-"""Left padding and packed sequences run as attention_varlen: exactly what transformers' sdpa does."""
+"""Left padding and packed sequences run as attention_varlen, and as transformers' sdpa does."""
 
 from __future__ import annotations
 
@@ -147,9 +147,7 @@ def test_a_position_bias_meets_packed_sequences_as_a_mask(packed_calls: list[Ten
 
 @pytest.mark.parametrize("layout", ["tokens", "heads"])
 @pytest.mark.parametrize("band", ["causal", "window"])
-def test_packed_sequences_are_sequences(
-    band: str, layout: str, packed_calls: list[Tensor]
-) -> None:
+def test_packed_sequences_are_sequences(band: str, layout: str, packed_calls: list[Tensor]) -> None:
     batch, length = 2, 13
     positions = torch.stack(
         [
