@@ -96,7 +96,7 @@ def attend(
     if mask is None and left_window is None and not (causal and query.shape[2] > 1):
         return _run(query, key, value, scale=scale, bias=bias, **options)
     if isinstance(mask, _masks.Mask) and bias is None and left_window is None:
-        packed = _packing.plan(query, key, value, mask)
+        packed = _packing.plan(query, key, value, mask, options.get("dropout_p", 0.0))
         if packed is not None:
             return _run(query, key, value, packed, scale=scale, **options)
     keys = key.shape[2]

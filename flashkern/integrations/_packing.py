@@ -77,12 +77,16 @@ def _step(tensor: Tensor) -> int:
     return row // token
 
 
-def plan(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Packed | None:
+def plan(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_p: float) -> Packed | None:
     """The sequences that `mask` makes of a batch; None where it makes none, or not in this memory.
 
     Worked out once for all layers that share a mask.
     """
     recipe = mask.recipe
+    # Left padding is packed without a gradient only; a checkpoint's two passes, one without and
+    # one with, would count their sequences, and so draw their dropout, differently.
+    if recipe.starts is not None and dropout_p:
+        return None
     if recipe.starts is None and recipe.sequences is None:
         return None
     batch, _, rows, _ = query.shape

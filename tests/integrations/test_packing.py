@@ -129,6 +129,7 @@ def test_left_padding_that_cannot_be_packed_is_masked(packed_calls: list[Tensor]
         expected = run(sdpa_attention_forward, query, k, v, theirs)
         got = run(fkt.attention_forward, query, k, v, ours)
         torch.testing.assert_close(got[:, 4:], expected[:, 4:], atol=2e-6, rtol=1e-5)
+    fkt.attention_forward(Layer(), query, key, value, ours, dropout=0.5)
     assert not packed_calls
 
 
