@@ -119,14 +119,14 @@ void check_shapes(const Tensor& x, const Tensor& weight, const Adapters& adapter
 
 // Contiguous, whatever the strides of `like`.
 Tensor empty_of(const Tensor& like, bool needed) {
-  if (!needed) return torch::stable::new_empty(like, {0});
-  return torch::stable::new_empty(like, like.sizes());
+  if (!needed) return empty<1>({0}, like.scalar_type());
+  return empty(std::span(like.sizes().data(), like.sizes().size()), like.scalar_type());
 }
 
 Tensor empty_result(const Tensor& x, int64_t out) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out;
-  return torch::stable::new_empty(x, sizes);
+  return empty(sizes, x.scalar_type());
 }
 
 }  // namespace
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   const Tensor y = base == LoraBase::kBlas ? packed(base_linear(view.tensor, weight, bias))
                                            : empty_result(x, weight.size(0));
   const std::optional<Tensor> added = bias.has_value() ? std::optional(packed(*bias)) : bias;
-  const Tensor h = torch::stable::new_empty(y, {view.rows, adapters.params.rank}, sum_type(x));
+  const Tensor h = empty<2>({view.rows, adapters.params.rank}, sum_type(x));
   LoraForward p{view.rows,
                 weight.size(1),
                 weight.size(0),

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <span>
+#include <vector>
 
 #include "types.h"
 
@@ -40,24 +42,35 @@ inline const void* data_or_null(const std::optional<Tensor>& t) {
 
 // A new CPU tensor, uninitialised. One call of torch's C interface: torch::stable::new_empty looks
 // its operator up by name and boxes six arguments, which a decode step pays thirty times.
-template <size_t N>
-Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
-                     ScalarType dtype) {
+inline Tensor empty_strided(std::span<const int64_t> sizes, std::span<const int64_t> strides,
+                            ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(),
-                                                         to<int32_t>(from(dtype)),
-                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);
 }
 
+inline Tensor empty(std::span<const int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t elements = 1;
+  for (size_t i = sizes.size(); i-- > 0; elements *= std::max<int64_t>(sizes[i], 1)) {
+    strides[i] = elements;
+  }
+  return empty_strided(sizes, strides, dtype);
+}
+
+// For lists in braces: empty<2>({rows, columns}, dtype).
+template <size_t N>
+Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
+                     ScalarType dtype) {
+  return empty_strided(std::span<const int64_t>(sizes), std::span<const int64_t>(strides), dtype);
+}
 template <size_t N>
 Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) {
-  std::array<int64_t, N> strides;
-  int64_t elements = 1;
-  for (size_t i = N; i-- > 0; elements *= std::max<int64_t>(sizes[i], 1)) strides[i] = elements;
-  return empty_strided(sizes, strides, dtype);
+  return empty(std::span<const int64_t>(sizes), dtype);
 }
 
 }  // namespace flashkern
