@@ -16,7 +16,7 @@ from flashkern import random, reference
 # value, are for sums that torch happens to get exactly.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALF = (torch.bfloat16, torch.float16)
-FLOOR = {torch.float32: 8.0, torch.bfloat16: 0.5, torch.float16: 0.5, torch.float64: 16.0}
+FLOOR = {torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5, torch.float64: 16.0}
 MANY = 1000  # results whose root mean square is no matter of luck
 
 
@@ -78,12 +78,14 @@ def check(
             continue
         unit = FLOOR[mine.dtype] * torch.finfo(mine.dtype).eps
         error, allowed = (t.to(mine.dtype).double() - want for t in (mine, theirs))
-        floor = unit * max(1.0, want.abs().max().item())
+        # What cancels in gradients is as large as dO V^T: a sum over value_dim unit normals.
+        cancels = 1.0 if place < 2 or mine.dtype in HALF else tensors[2].shape[-1] ** 0.5
+        floor = unit * max(cancels, want.abs().max().item())
         assert error.abs().max() <= 2 * allowed.abs().max() + floor, f"result {place}"
         if want.numel() >= MANY and mine.dtype in HALF:
             assert rms(error) <= 1.25 * rms(allowed), f"result {place}: mean square"
         elif want.numel() >= MANY:
-            floor = unit / 4 * max(least, rms(want))
+            floor = unit / 2 * max(least, rms(want))
             assert rms(error) <= 2 * rms(allowed) + floor, f"result {place}: mean square"
 
 
@@ -110,6 +112,16 @@ def test_shapes(isa: str, shape: tuple[int, int, int, int, int], causal: Any) ->
 @pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (64, 64), (40, 72), (128, 64), (256, 256)])
 def test_dtypes_and_head_dims(isa: str, dtype: torch.dtype, dim: int, value_dim: int) -> None:
     check(draw((1, 4, 2, 37, 70), dim, dtype, value_dim), causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (40, 72), (24, 136)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_decoding_head_dims(
+    isa: str, dtype: torch.dtype, dim: int, value_dim: int, rows: int
+) -> None:
+    """3 and 6 rows of a KV head: every height of the dot products, dims beside vectors."""
+    check(draw((1, 6, 2, rows, 70), dim, dtype, value_dim), causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,18 +167,25 @@ def test_bool_bias_with_rows_that_see_nothing(isa: str) -> None:
     assert (output[:, :, 10:20] == 0).all() and (lse[:, :, 10:20] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("rows", [1, 45])
+@pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("columns", [70, 3000])
 def test_nothing_seen_is_zero_whatever_the_values(isa: str, rows: int, columns: int) -> None:
     """Not a weight of 0 times a value, which would be NaN here; in whole rows and in splits."""
     query, key, value = (t.detach() for t in draw((1, 4, 2, rows, columns), 32, torch.float32))
     bias = torch.zeros(1, 4, rows, columns, dtype=torch.bool)
     bias[:, 1, :, :2] = True
-    value[:, :, 2:] = torch.nan
+    value[:, :, columns * 7 // 10 :] = torch.nan
     output, lse = fk.attention(query, key, value, bias=bias, return_lse=True)
     blind = [0, 2, 3]
     assert (output[:, blind] == 0).all() and (lse[:, blind] == -torch.inf).all()
     assert lse[:, 1].isfinite().all()
+    assert columns == 70 or output[:, 1].isfinite().all()  # the NaN lie in other splits
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_of_an_odd_number_of_elements(isa: str, dtype: torch.dtype) -> None:
+    """120 of them: the rounding of dQ ends within a vector."""
+    check(draw((1, 3, 1, 5, 9), 8, dtype))
 
 
 def test_sinks_and_their_gradient(isa: str) -> None:
@@ -203,6 +222,7 @@ def test_huge_values_and_nan(isa: str) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_drawn_combinations(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 1 << 16)))
     group, kv_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2))
     rows, columns = data.draw(st.integers(0, 80)), data.draw(st.integers(0, 200))
     heads, batch = group * kv_heads, data.draw(st.integers(1, 2))

@@ -54,6 +54,15 @@ def test_cache_with_append_and_pages(isa: str, rows: int, dtype: torch.dtype) ->
     assert torch.equal(reference.gather_pages(paged[1], table)[2, :, 700 : 700 + rows], v[2])
 
 
+def test_append_of_values_wider_than_keys(isa: str) -> None:
+    query, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 40)
+    caches = [torch.randn(2, 2, 20, dim) for dim in (16, 40)]
+    options = {"cache_lengths": torch.tensor([4, 17]), "k": k, "v": v, "causal": True}
+    want, _ = reference.attention_kvcache(query, *caches, **options)
+    torch.testing.assert_close(fk.attention_kvcache(query, *caches, **options), want)
+    assert torch.equal(caches[1][1, :, 17:], v[1])
+
+
 def test_merge_is_the_whole(isa: str) -> None:
     query, key, value = (torch.randn(2, 4, 33, 64, requires_grad=True) for _ in range(3))
     whole, lse = fk.attention(query, key, value, return_lse=True)
