@@ -50,7 +50,7 @@ def contiguous_last(tensor: Tensor) -> Tensor:
 
 def contiguous_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three tensors, copied where their last dimension is not contiguous."""
-    if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
+    if query.stride()[-1] == key.stride()[-1] == value.stride()[-1] == 1:
         return query, key, value
     return contiguous_last(query), contiguous_last(key), contiguous_last(value)
 
@@ -60,24 +60,22 @@ def _fit(query: Tensor, key: Tensor, value: Tensor, dims: int) -> bool:
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return False
     q, k, v = query.shape, key.shape, value.shape
-    dtype, device = query.dtype, query.device
+    if not len(q) == len(k) == len(v) == dims:
+        return False
+    if k != v and (k[:-1] != v[:-1] or v[-1] % 8 or not 0 < v[-1] <= MAX_HEAD_DIM):
+        return False
+    head_dim, kv_heads, dtype, device = q[-1], k[1], query.dtype, query.device
     return (
-        len(q) == len(k) == len(v) == dims
+        k[-1] == head_dim
+        and head_dim % 8 == 0
+        and 0 < head_dim <= MAX_HEAD_DIM
+        and kv_heads != 0
+        and q[1] % kv_heads == 0
         and dtype in FLOATS
         and key.dtype is dtype
         and value.dtype is dtype
         and key.device == device
         and value.device == device
-        and k[0] == v[0]
-        and k[1] == v[1]
-        and k[-2] == v[-2]
-        and k[-1] == q[-1]
-        and q[-1] % 8 == 0
-        and v[-1] % 8 == 0
-        and 0 < q[-1] <= MAX_HEAD_DIM
-        and 0 < v[-1] <= MAX_HEAD_DIM
-        and k[1] != 0
-        and q[1] % k[1] == 0
     )
 
 
