@@ -5,6 +5,9 @@ import io
 import sys
 
 import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from benchmarks import compare, page, plots, results, table
