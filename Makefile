@@ -73,11 +73,12 @@ wheel: $(VENV)/base.stamp
 
 BUILD ?= build/dev
 OUT ?= $(CURDIR)/flashkern
-dev:
-	@cmake -G Ninja -S . -B $(BUILD) -DCMAKE_INSTALL_PREFIX=$(OUT) $(CMAKE_ARGS) \
+dev:  # cmake and ninja may be there as packages of that Python alone
+	@export PATH="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" && \
+	(cmake -G Ninja -S . -B $(BUILD) -DCMAKE_INSTALL_PREFIX=$(OUT) $(CMAKE_ARGS) \
 	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') > build.log 2>&1 \
-	  || (cat build.log; exit 1)
-	@cmake --build $(BUILD) && cmake --install $(BUILD) > build.log
+	  || (cat build.log; exit 1)) && \
+	cmake --build $(BUILD) && cmake --install $(BUILD) > build.log
 
 # The package is copied beside the sanitized library. The sanitizer must be the first library in the
 # process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses

@@ -1,6 +1,7 @@
 """``python -m flashkern info``: what this installation is and what it runs on."""
 
 import argparse
+import os
 import sys
 
 import torch
@@ -24,7 +25,10 @@ def info() -> str:
     }
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
     if best == "portable":
-        lines.append("hint       this CPU has no AVX2: the kernels are right, but not fast")
+        missing = "CPU has no AVX2" if "avx2" in _host.isas.split() else "build has no AVX2 kernels"
+        forced = os.environ.get("FLASHKERN_CPU_ISA") == best
+        reason = "FLASHKERN_CPU_ISA forces it" if forced else f"this {missing}"
+        lines.append(f"hint       portable, since {reason}: the kernels are right, but not fast")
     return "\n".join(lines)
 
 

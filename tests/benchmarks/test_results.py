@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from benchmarks import compare, markdown, page, plots, results, table
