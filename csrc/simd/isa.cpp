@@ -1,5 +1,6 @@
 #include "simd/isa.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -58,21 +59,22 @@ Isa initial_isa() {
   return isa;
 }
 
-Isa& current() {
-  static Isa isa = initial_isa();
+// Atomic: one thread may choose while another runs a kernel. A call that is under way keeps the ISA
+// that it started with.
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa = initial_isa();
   return isa;
 }
 
 }  // namespace
 
-Isa active_isa() { return current(); }
+Isa active_isa() { return current().load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {
-  if (*name == '\0') {
-    current() = best_isa();
-    return true;
-  }
-  return find_isa(name, &current());
+  Isa isa = best_isa();
+  if (*name != '\0' && !find_isa(name, &isa)) return false;
+  current().store(isa, std::memory_order_relaxed);
+  return true;
 }
 
 const char* isa_name(Isa isa) {

@@ -85,6 +85,17 @@ void sink_gradient(const BackwardParams& p, const Threads& threads) {
   });
 }
 
+// The thread's working memory. Torch's pool carries the exception out of the launch.
+Tiles tiles_or_abandon(const Problem& p, Tickets& tickets) {
+  thread_local Scratch scratch;
+  try {
+    return Tiles(p, scratch);
+  } catch (...) {
+    tickets.abandon();
+    throw;
+  }
+}
+
 // A task is a block of keys; the batch rows, heads and keys over which the bias is broadcast are
 // its own too where the bias wants a gradient: what sums up is then summed by one task, in order.
 template <class T>
@@ -101,8 +112,7 @@ void key_blocks(const BackwardParams& p, const Threads& threads) {
 
   Tickets tickets(p);
   threads.run(block_tasks * batch_tasks * head_tasks, [&](int64_t task, int) {
-    thread_local Scratch scratch;
-    const Tiles tiles(p, scratch);
+    const Tiles tiles = tiles_or_abandon(p, tickets);
     const int64_t head = task % head_tasks * heads,
                   batch = task / head_tasks % batch_tasks * batches;
     const int64_t block = task / head_tasks / batch_tasks * task_blocks;

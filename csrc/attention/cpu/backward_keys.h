@@ -15,7 +15,8 @@ inline float* row_values(const RowValues& v, const Sequence& s, int64_t head) {
   return static_cast<float*>(v.data) + s.batch * v.batch + head * v.head + s.q_start;
 }
 
-// Who may add to a block of rows of dQ: blocks of keys in ascending order.
+// Who may add to a block of rows of dQ: blocks of keys in ascending order. A task that fails before
+// its turn (out of memory) abandons the whole launch, so that no other waits for it for ever.
 class Tickets {
  public:
   explicit Tickets(const Problem& p)
@@ -27,12 +28,15 @@ class Tickets {
   void wait(int64_t b, int64_t h, int64_t rows, int64_t keys) const {
     const std::atomic<int64_t>& done = at(b, h, rows);
     for (int spin = 0; done.load(std::memory_order_acquire) != keys; ++spin) {
-      if (spin >= kSpins) std::this_thread::yield();
+      if (spin < kSpins) continue;
+      if (abandoned_.load(std::memory_order_relaxed)) return;
+      std::this_thread::yield();
     }
   }
   void pass(int64_t b, int64_t h, int64_t rows, int64_t keys) {
     at(b, h, rows).store(keys + 1, std::memory_order_release);
   }
+  void abandon() { abandoned_.store(true, std::memory_order_relaxed); }
 
  private:
   static constexpr int kSpins = 256;
@@ -42,6 +46,7 @@ class Tickets {
   }
   int64_t heads_, blocks_;
   std::unique_ptr<std::atomic<int64_t>[]> done_;
+  std::atomic<bool> abandoned_{false};
 };
 
 template <class T>
