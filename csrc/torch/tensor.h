@@ -47,9 +47,9 @@ inline Tensor empty_strided(std::span<const int64_t> sizes, std::span<const int6
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &tensor));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);
 }
 
