@@ -21,4 +21,12 @@ inline void forbid(float*, int64_t) {}
 inline void permit(float*, int64_t) {}
 #endif
 
+// The next piece of a buffer that holds `floats` floats and a guard for each piece.
+inline float* take_floats(float*& next, int64_t floats) {
+  float* piece = next;
+  next += floats + kGuardFloats;
+  forbid(piece + floats, kGuardFloats);
+  return piece;
+}
+
 }  // namespace flashkern

@@ -54,21 +54,13 @@ struct Scratch {
     return 3 * rows * kCols + kCols * rank + 3 * rows * rank + 7 * kGuardFloats;
   }
   Scratch(float* base, int64_t rows, int64_t rank)
-      : tile(take(base, rows * kCols)),
-        product(take(base, rows * kCols)),
-        mask(reinterpret_cast<uint32_t*>(take(base, rows * kCols))),
-        panel(take(base, kCols * rank)),
-        h(take(base, rows * rank)),
-        dh(take(base, rows * rank)),
-        part(take(base, rows * rank)) {}
-
- private:
-  static float* take(float*& next, int64_t floats) {
-    float* piece = next;
-    next += floats + kGuardFloats;
-    forbid(piece + floats, kGuardFloats);
-    return piece;
-  }
+      : tile(take_floats(base, rows * kCols)),
+        product(take_floats(base, rows * kCols)),
+        mask(reinterpret_cast<uint32_t*>(take_floats(base, rows * kCols))),
+        panel(take_floats(base, kCols * rank)),
+        h(take_floats(base, rows * rank)),
+        dh(take_floats(base, rows * rank)),
+        part(take_floats(base, rows * rank)) {}
 };
 
 struct Workspace {

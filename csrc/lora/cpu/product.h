@@ -17,6 +17,7 @@
 
 #include <memory>
 
+#include "guard.h"
 #include "lora/cpu/tiles.h"
 #include "lora/plan.h"
 #include "simd/gemm.h"
@@ -46,12 +47,13 @@ struct ProductScratch {
   float* sums;    // rows of a task x kProductCols, where y is no float
 
   static int64_t floats(int64_t sum_rows) {
-    return kProductDepth * (kProductCols + kProductTileRows) + sum_rows * kProductCols;
+    return kProductDepth * (kProductCols + kProductTileRows) + sum_rows * kProductCols +
+           3 * kGuardFloats;
   }
-  explicit ProductScratch(float* base)
-      : panels(base),
-        tile(panels + kProductDepth * kProductCols),
-        sums(tile + kProductDepth * kProductTileRows) {}
+  ProductScratch(float* next, int64_t sum_rows)
+      : panels(take_floats(next, kProductDepth * kProductCols)),
+        tile(take_floats(next, kProductDepth * kProductTileRows)),
+        sums(take_floats(next, sum_rows * kProductCols)) {}
 };
 
 // Panel p holds columns [p * kGemmCols, ...) of the strip, `depth` rows of them.
@@ -146,10 +148,11 @@ class ProductTask {
 inline void run_product(const LinearSum& p, const Threads& threads) {
   const ProductCut cut = product_cut(p.rows, p.columns, threads.count);
   const int64_t workers = std::min<int64_t>(threads.count, cut.tasks());
-  const int64_t pitch = ProductScratch::floats(p.dtype == DType::kFloat32 ? 0 : cut.task_rows);
+  const int64_t sum_rows = p.dtype == DType::kFloat32 ? 0 : cut.task_rows;
+  const int64_t pitch = ProductScratch::floats(sum_rows);
   const std::unique_ptr<float[]> memory(new float[std::max<int64_t>(workers, 1) * pitch]);
   threads.run(cut.tasks(), [&](int64_t task, int thread) {
-    const ProductScratch scratch(memory.get() + thread * pitch);
+    const ProductScratch scratch(memory.get() + thread * pitch, sum_rows);
     ProductTask(p, cut, task, scratch).run();
   });
 }
