@@ -151,7 +151,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   const LoraBase base = choose_base(x, view.rows, weight, true);
   const Tensor y = base == LoraBase::kBlas ? packed(base_linear(view.tensor, weight, bias))
                                            : empty_result(x, weight.size(0));
-  const std::optional<Tensor> added = bias.has_value() ? std::optional(packed(*bias)) : bias;
+  std::optional<Tensor> added;
+  if (bias.has_value()) added.emplace(packed(*bias));
   const Tensor h = empty<2>({view.rows, adapters.params.rank}, sum_type(x));
   LoraForward p{view.rows,
                 weight.size(1),
