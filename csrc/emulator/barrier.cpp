@@ -33,29 +33,30 @@ void complete(Block& block, Barrier& barrier, Vote vote) {
 void check(const char* name, Barrier& barrier, int id, int threads, const Site& site) {
   Thread& self = *machine.self;
   const int limit = static_cast<int>(self.block->threads.size());
-  const std::string who = describe(self) + " at " + barrier_name(name, id);
-  if (id < 0 || id > 15) fail(who + ": a block has barriers 0 to 15", site);
+  const auto who = [&] { return describe(self) + " at " + barrier_name(name, id); };
+  if (id < 0 || id > 15) fail(who() + ": a block has barriers 0 to 15", site);
   if (threads < 0 || threads % 32 != 0 || threads > (limit + 31) / 32 * 32) {
-    fail(who + ": its count must be a multiple of 32, at most " + std::to_string(limit) +
+    fail(who() + ": its count must be a multiple of 32, at most " + std::to_string(limit) +
              ", got " + std::to_string(threads),
          site);
   }
   if (barrier.arrived > 0 && barrier.expected != threads) {
-    fail(who + " counts " + std::to_string(threads) + " threads, but those that arrived at " +
+    fail(who() + " counts " + std::to_string(threads) + " threads, but those that arrived at " +
              describe(barrier.site) + " count " + std::to_string(barrier.expected),
          site);
   }
   if (barrier.by.empty()) barrier.by.assign((self.block->threads.size() + 63) / 64, 0);
   if (barrier.by[self.index / 64] >> (self.index % 64) & 1) {
-    fail(who + " arrives twice before it completes", site);
+    fail(who() + " arrives twice before it completes", site);
   }
-  for (Thread* other : barrier.waiting) {
-    if (other->warp == self.warp && other->wait.site.line() != site.line()) {
-      fail(who + ", while " + describe(*other) + " of the same warp waits at " +
-               describe(other->wait.site) + ": a warp must reach a barrier as one",
-           site);
-    }
+  const bool first = static_cast<uint32_t>(barrier.by[self.index / 64] >> (self.index & 32)) == 0;
+  uint32_t& line = self.warp->barrier_lines[id];
+  if (!first && line != site.line()) {
+    fail(who() + ", while others of its warp arrived there at line " + std::to_string(line) +
+             ": a warp must reach a barrier as one",
+         site);
   }
+  line = site.line();
 }
 
 void arrive(Barrier& barrier, int threads, const Site& site) {
@@ -213,4 +214,3 @@ void set_registers(int count, bool more, const Site& site) {
 }
 
 }  // namespace flashkern::emulator
-namespace flashkern::emulator { void thread_exits(Thread&) {} void forget(Thread&) {} }

@@ -59,6 +59,10 @@ void prepare_warps(Block& block, size_t threads) {
     warp.exited = warp.runnable = 0;
     warp.registers = registers;
     warp.gatherings.clear();
+    warp.products.clear();
+    warp.product_group = 0;
+    warp.issued = 0;
+    warp.fenced = false;
   }
 }
 
@@ -83,6 +87,7 @@ void prepare_block(Block& block, const Shape& shape, size_t slot) {
     thread.wait = {};
     thread.in_cluster_barrier = false;
     thread.copies.clear();
+    thread.stores.clear();
     thread.copy_group = thread.store_group = 0;
     position(i, shape.block, thread.position);
     thread.warp->threads[thread.lane] = &thread;

@@ -172,8 +172,8 @@ void pause(const char* name, const Site& site) {
 uint32_t lane() { return machine.self->lane; }
 uint32_t warp() { return machine.self->warp->index; }
 
-void add_pending(std::function<void()> land) {
-  machine.group->pending.push_back({std::move(land)});
+void add_pending(std::function<void()> land, const Site& site) {
+  machine.group->pending.push_back({std::move(land), site});
 }
 
 bool land_one() {
@@ -227,7 +227,10 @@ void run_group() {
     group.pending.clear();
     std::rethrow_exception(std::exchange(group.error, nullptr));
   }
-  while (land_one()) {
+  if (!group.pending.empty()) {
+    const Site site = group.pending.front().site;
+    group.pending.clear();
+    fail("a block returned while an asynchronous copy into its shared memory was under way", site);
   }
 }
 

@@ -56,7 +56,7 @@ struct Thread {
   uint32_t number = 0;   // in the group, for the race detector
   std::vector<Copy> copies;              // cp.async not waited for, oldest first
   uint32_t copy_group = 0;               // the open one
-  std::vector<BulkStore*> stores;        // TMA stores, likewise
+  std::vector<std::shared_ptr<BulkStore>> stores;  // TMA stores, likewise
   uint32_t store_group = 0;
 };
 
@@ -78,7 +78,12 @@ struct Warp {
   int wanted = 0;        // by setmaxnreg
   Thread* threads[32] = {};
   void* arguments[32] = {};
+  uint32_t barrier_lines[16] = {};  // where its first lane reached each barrier
   std::vector<Gathering> gatherings;
+  std::vector<std::shared_ptr<Product>> products;  // wgmmas not waited for, oldest first
+  uint32_t product_group = 0;                      // the open one
+  size_t issued = 0;                               // wgmmas in all
+  bool fenced = false;                             // wgmma_fence since the last wait
 };
 
 struct Barrier {
@@ -88,10 +93,10 @@ struct Barrier {
   std::vector<uint64_t> by;  // a bit for each thread: who has arrived
 };
 
+// What the four warps of a warpgroup have in common: the wgmmas that the first of them issued, for
+// the others to be checked against.
 struct Warpgroup {
-  std::vector<Product*> products;  // wgmmas not waited for, oldest first
-  uint32_t group = 0;              // the open one
-  bool fenced = false;
+  std::vector<uint64_t> issued;
 };
 
 struct Block {
@@ -111,6 +116,7 @@ struct Block {
 
 struct Pending {  // asynchronous work that lands when the machine likes
   std::function<void()> land;
+  Site site;
 };
 
 // The blocks that run together.
@@ -179,7 +185,7 @@ void close_shared(const Block& block);
 // Block that owns a shared address, nullptr if none of the group's does.
 Block* owner(const void* p);
 
-void add_pending(std::function<void()> land);
+void add_pending(std::function<void()> land, const Site& site);
 bool land_one();  // a random one; false where nothing is pending
 
 }  // namespace flashkern::emulator

@@ -1,6 +1,7 @@
 // Dynamic shared memory and cp.async.
 #include <sys/mman.h>
 
+#include <array>
 #include <cstring>
 #include <new>
 
@@ -141,6 +142,10 @@ void fence_async() { race::fence_async(); }
 namespace {
 
 void land(const Copy& copy) {
+  if (copy.bytes == 16) {  // nearly always
+    std::memcpy(copy.shared, copy.global, 16);
+    return race::landed(copy.shared, 16);
+  }
   std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
   std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0,
               static_cast<size_t>(copy.size - copy.bytes));
@@ -163,7 +168,11 @@ void copy_async(void* shared, const void* global, int size, int bytes, const Sit
   }
   race::read(global, static_cast<size_t>(bytes), {"cp.async", site});
   race::in_flight(shared, static_cast<size_t>(size), {"cp.async", site});
-  std::memset(shared, 0xff, static_cast<size_t>(size));
+  const auto poison = [shared](auto ones) { std::memcpy(shared, &ones, sizeof(ones)); };
+  const uint64_t ones = ~uint64_t{0};
+  if (size == 4) poison(static_cast<uint32_t>(ones));
+  if (size == 8) poison(ones);
+  if (size == 16) poison(std::array{ones, ones});
   self.copies.push_back({shared, global, size, bytes, self.copy_group, site});
 }
 
@@ -188,7 +197,7 @@ void copy_arrive(uint64_t* barrier, const Site& site) {
   add_pending([copies = std::move(copies), barrier, site] {
     for (const Copy& copy : copies) land(copy);
     mbarrier_land(barrier, site);
-  });
+  }, site);
 }
 
 }  // namespace flashkern::emulator
