@@ -1,6 +1,8 @@
 #include "torch/attention.h"
 
 #include "attention/cpu/forward.h"
+#include "attention/gpu.h"
+#include "torch/device.h"
 #include "torch/threads.h"
 
 namespace flashkern {
@@ -12,7 +14,8 @@ using attention::Problem;
 
 // What Python has checked is not checked again; this is what would otherwise read foreign memory.
 void check_matrix(const char* name, const Tensor& t, const Tensor& query) {
-  STD_TORCH_CHECK(t.is_cpu(), "attention: ", name, " must be a CPU tensor");
+  STD_TORCH_CHECK(t.is_cpu() == query.is_cpu() && t.is_cuda() == query.is_cuda(), "attention: ",
+                  name, " must be on query's device");
   STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "attention: ", name,
                   " must have the dtype of query");
   STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, "attention: ", name, " must be 3-D or 4-D");
@@ -77,7 +80,9 @@ void set_alibi(Problem& p, const OptionalTensor& slopes) {
   p.alibi_batch = slopes->dim() == 2 ? broadcast_stride(*slopes, 0) : 0;
 }
 
+// On a GPU nobody looks: that would wait for the stream, and no graph could capture the call.
 void check_cu_seqlens(const char* name, const Tensor& t, int64_t batch, int64_t rows) {
+  if (!host_readable(t)) return;
   const auto* cu = static_cast<const int32_t*>(t.const_data_ptr());
   bool good = t.size(0) == batch + 1 && cu[0] >= 0 && cu[batch] <= rows;
   for (int64_t b = 0; good && b < batch; ++b) good = cu[b] <= cu[b + 1];
@@ -113,6 +118,7 @@ void set_paged(Problem& p, const AttentionArguments& a) {
   p.page_table_row = a.page_table->stride(0);
   p.page_size = a.key.size(2);
   p.seq_k = a.page_table->size(1) * p.page_size;
+  if (!host_readable(a.key)) return;
   check_pages(p.page_table, p.page_table_row, p.batch, a.page_table->size(1), p.kv_lengths,
               p.page_size, a.key.size(0));
 }
@@ -126,6 +132,16 @@ Tensor new_output(const Tensor& query, int64_t rows, int64_t dim) {
   if (query.stride(1) >= query.stride(2)) return empty<4>({batch, heads, rows, dim}, dtype);
   const int64_t row = heads * dim;
   return empty_strided<4>({batch, heads, rows, dim}, {rows * row, dim, row, 1}, dtype);
+}
+
+void launch(const attention::ForwardParams& p, const Tensor& query) {
+  const bool wide = p.dtype == DType::kFloat64;
+  if (on_gpu(query)) {
+    STD_TORCH_CHECK(!wide, "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
+    if constexpr (kGpuKernels) gpu::attention_forward(p, GpuScope(query).stream());
+  } else if constexpr (kCpuKernels) {
+    wide ? attention_forward_float64(p, torch_threads()) : attention_forward(p, torch_threads());
+  }
 }
 
 attention::Output writable(const attention::Matrix& m) {
@@ -186,7 +202,7 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
   if (a.seed.has_value()) p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(
+std::tuple<Tensor, Tensor> attention_forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
     OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
@@ -205,17 +221,11 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
       packed ? empty<2>({p.heads, rows}, lse_type) : empty<3>({p.batch, p.heads, rows}, lse_type);
   p.output = output_of(output);
   p.lse = row_values_of(lse);
-  if (p.batch * p.heads * rows > 0) {
-    if (wide) {
-      attention_forward_float64(p, torch_threads());
-    } else {
-      attention_forward(p, torch_threads());
-    }
-  }
+  if (p.batch * p.heads * rows > 0) launch(p, query);
   return {output, lse};
 }
 
-void attention_append_kv_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
+void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
                              Tensor cache_lengths, OptionalTensor page_table) {
   check_matrix("k_cache", k_cache, k);
   check_matrix("v_cache", v_cache, k);
@@ -252,7 +262,9 @@ void attention_append_kv_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
                       ", got ", page);
     }
   }
-  if (p.rows > 0) attention_append(p, torch_threads());
+  if constexpr (kCpuKernels) {
+    if (p.rows > 0) attention_append(p, torch_threads());
+  }
 }
 
 }  // namespace flashkern

@@ -1,0 +1,26 @@
+// Twin of csrc/ptx/global.h. A load lets others run: it may be a loop's that waits for them.
+#pragma once
+
+#include "emulator/cuda/atomics.h"
+#include "ptx/core.h"
+
+namespace flashkern::ptx {
+
+FK_UNWATCHED int load_acquire(const int* p, Site site = Site::current()) {
+  emulator::pause("load_acquire", site);
+  emulator::on_atomic(p, sizeof(int), site);
+  return *p;
+}
+
+FK_UNWATCHED void store_release(int* p, int value, Site site = Site::current()) {
+  emulator::fence();
+  emulator::on_atomic(p, sizeof(int), site);
+  *p = value;
+}
+
+inline int add_acquire_release(int* p, int value, Site site = Site::current()) {
+  emulator::fence();
+  return atomicAdd(p, value, site);
+}
+
+}  // namespace flashkern::ptx

@@ -1,0 +1,46 @@
+// The race detector. Kernels compiled with -fsanitize=thread call a hook at every load and store;
+// here the hooks are the emulator's own (libtsan's fibers cost 2 ms each and 2 us a switch). Vector
+// clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks that run
+// together: an access to shared memory must be ordered after every conflicting one by barriers, not
+// by luck. Also reported: reads of shared memory that nobody wrote, accesses to bytes that an
+// asynchronous copy has not landed, data handed to the async proxy without its fence.
+#pragma once
+
+#include "emulator/machine.h"
+
+namespace flashkern::emulator::race {
+
+inline bool active = false;  // some source was compiled with the hooks
+
+void start_group(size_t threads);
+
+// The running thread's past goes to `key` (release); `thread` takes what `key` holds (acquire).
+void release(const void* key);
+void acquire(const void* key, const Thread& thread);
+
+// A barrier hands on what its arrivals brought when it completes, not before.
+void barrier_reached(const void* key);
+void barrier_completes(const void* key);
+void barrier_left(const void* key, const Thread& thread);
+
+void join(const Warp& warp, uint32_t lanes);  // __syncwarp
+
+void fence();        // __threadfence: what an atomic that follows hands on
+void fence_async();  // fence.proxy.async
+
+struct Access {
+  const char* name;  // of a primitive; nullptr for the kernel's own load or store
+  Site site;
+  const void* pc = nullptr;  // of that load or store
+};
+
+void read(const void* p, size_t bytes, const Access& access);
+void write(const void* p, size_t bytes, const Access& access);
+// By a tensor core or a TMA store: what is read must have been handed over by fence.proxy.async.
+void read_async(const void* p, size_t bytes, const Access& access);
+// From now until landed(), whoever touches these bytes is wrong.
+void in_flight(const void* p, size_t bytes, const Access& access);
+void landed(const void* p, size_t bytes);
+void atomic(const void* p, size_t bytes, const Access& access);
+
+}  // namespace flashkern::emulator::race

@@ -1,0 +1,28 @@
+// Words in global memory by which blocks speak to each other.
+#pragma once
+
+#include "ptx/core.h"
+
+namespace flashkern::ptx {
+
+FK_DEVICE int load_acquire(const int* p) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
+FK_DEVICE void store_release(int* p, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+
+// Adds, and hands on all that this thread has written or been handed; takes what others handed on.
+FK_DEVICE int add_acquire_release(int* p, int value) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(p), "r"(value)
+               : "memory");
+  return old;
+}
+
+}  // namespace flashkern::ptx
