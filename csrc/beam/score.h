@@ -18,7 +18,18 @@
 #include <cstring>
 #include <limits>
 
+#ifndef FK_HOST_DEVICE
+#ifdef __CUDACC__
+#define FK_HOST_DEVICE __host__ __device__
+#else
+#define FK_HOST_DEVICE
+#endif
+#endif
+
 namespace flashkern::beam {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Normaliser {
   float shift = 0.f, log_sum = 0.f, beam_score = 0.f;
@@ -26,17 +37,17 @@ struct Normaliser {
 
 // F: float, or a vector of floats.
 template <class F>
-inline F score(F logit, F shift, F log_sum, F beam_score) {
+FK_HOST_DEVICE inline F score(F logit, F shift, F log_sum, F beam_score) {
   return ((logit - shift) - log_sum) + beam_score;
 }
 
-inline float score(float logit, const Normaliser& n) {
-  if (logit == -std::numeric_limits<float>::infinity()) return logit;
+FK_HOST_DEVICE inline float score(float logit, const Normaliser& n) {
+  if (logit == -kInfinity) return logit;
   return score(logit, n.shift, n.log_sum, n.beam_score);
 }
 
 // An unsigned number that orders scores; 0xffffffff for every NaN.
-inline uint32_t ordered(float score) {
+FK_HOST_DEVICE inline uint32_t ordered(float score) {
   if (score != score) return 0xffffffffu;
   const float positive_zero = score + 0.f;
   uint32_t bits;
@@ -44,8 +55,8 @@ inline uint32_t ordered(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-inline float score_of(uint32_t ordered) {
-  if (ordered == 0xffffffffu) return std::numeric_limits<float>::quiet_NaN();
+FK_HOST_DEVICE inline float score_of(uint32_t ordered) {
+  if (ordered == 0xffffffffu) return kNaN;
   const uint32_t bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
   float score;
   std::memcpy(&score, &bits, sizeof score);
@@ -54,10 +65,10 @@ inline float score_of(uint32_t ordered) {
 
 using Candidate = uint64_t;
 
-inline Candidate candidate(uint32_t ordered, uint32_t flat_index) {
+FK_HOST_DEVICE inline Candidate candidate(uint32_t ordered, uint32_t flat_index) {
   return static_cast<Candidate>(ordered) << 32 | ~flat_index;
 }
-inline uint32_t ordered_of(Candidate c) { return static_cast<uint32_t>(c >> 32); }
-inline uint32_t index_of(Candidate c) { return ~static_cast<uint32_t>(c); }
+FK_HOST_DEVICE inline uint32_t ordered_of(Candidate c) { return static_cast<uint32_t>(c >> 32); }
+FK_HOST_DEVICE inline uint32_t index_of(Candidate c) { return ~static_cast<uint32_t>(c); }
 
 }  // namespace flashkern::beam

@@ -1,0 +1,98 @@
+// The pass over the logits: a warp's span of chunks gives each chunk's greatest logit and the
+// span's (greatest, sum of exp(logit - greatest)).
+//
+// A chunk is in registers when its maximum is known (one redux over the warp), so exponentials are
+// taken against the span's running maximum and sums are rescaled once for each chunk. The next
+// chunk is under way meanwhile.
+#pragma once
+
+#include "beam/sm80/load.h"
+
+namespace flashkern::beam::sm80 {
+
+inline constexpr float kLog2E = 1.44269504f;
+
+// e^x for x <= 0: 2 ulp of ex2, plus x's rounding in units of log2.
+FK_DEVICE float exp_below(float x) { return ptx::fast_exp2(x * kLog2E); }
+
+// What exponentials of logits up to `greatest` are taken against: never -inf.
+FK_DEVICE float reference(float greatest) { return greatest == -kInfinity ? 0.f : greatest; }
+
+FK_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ptx::kAllLanes, x, lanes);
+  return x;
+}
+
+struct SpanSum {
+  float greatest = -kInfinity;  // the warp's
+  float sum = 0.f;              // this lane's
+
+  template <class T>
+  FK_DEVICE float add(const Chunk<T>& chunk, float chunk_greatest) {
+    const float raised = fmaxf(greatest, chunk_greatest), against = reference(raised);
+    float part = 0.f;
+    each_element(chunk, [&](float x, uint32_t) { part += exp_below(x - against); });
+    sum = sum * exp_below(greatest - against) + part;
+    greatest = raised;
+    return part;
+  }
+};
+
+// The warp's greatest, NaN passed over.
+template <class T>
+FK_DEVICE float chunk_max(const Chunk<T>& chunk) {
+  float greatest = -kInfinity;
+  each_element(chunk, [&](float x, uint32_t) { greatest = fmaxf(greatest, x); });
+  return score_of(__reduce_max_sync(ptx::kAllLanes, ordered(greatest)));
+}
+
+// Chunks [begin, end) of a beam. A chunk that holds NaN, or +inf where sums are wanted, has the
+// maximum NaN: so has every score of such a beam but those of -inf.
+template <class T>
+FK_DEVICE void scan_span(const T* row, int64_t vocab, uint32_t begin, uint32_t end, bool want_sum,
+                         uint32_t* maxima, float2* span) {
+  const bool leader = ptx::lane_id() == 0;
+  SpanSum total;
+  Chunk<T> chunk, next;
+  load_chunk(next, row, begin, vocab);
+  for (uint32_t i = begin; i < end; ++i) {
+    chunk = next;
+    if (i + 1 < end) load_chunk(next, row, i + 1, vocab);
+    const float greatest = chunk_max(chunk);
+    float probe = 0.f;  // NaN where a logit is
+    if (want_sum) {
+      probe = total.add(chunk, greatest);
+    } else {
+      each_element(chunk, [&](float x, uint32_t) { probe = x != x ? x : probe; });
+    }
+    const bool bad = __any_sync(ptx::kAllLanes, probe != probe);
+    if (leader) maxima[i] = __float_as_uint(bad ? kNaN : greatest);
+  }
+  if (!want_sum) return;
+  const float sum = warp_sum(total.sum);
+  if (leader) *span = {total.greatest, sum};
+}
+
+// A beam's log-sum-exp from its spans, by one warp.
+FK_DEVICE Normaliser normaliser(const float2* spans, uint32_t count, float beam_score,
+                                float& logsumexp) {
+  float greatest = -kInfinity;
+  for (uint32_t i = ptx::lane_id(); i < count; i += 32) greatest = fmaxf(greatest, spans[i].x);
+  greatest = score_of(__reduce_max_sync(ptx::kAllLanes, ordered(greatest)));
+  const float shift = reference(greatest);
+  float sum = 0.f;
+  for (uint32_t i = ptx::lane_id(); i < count; i += 32) {
+    sum += spans[i].y * exp_below(spans[i].x - shift);
+  }
+  sum = warp_sum(sum);
+  if (greatest == -kInfinity && sum == 0.f) {
+    logsumexp = -kInfinity;
+    return {0.f, 0.f, beam_score};
+  }
+  const double log_sum = log(static_cast<double>(sum));
+  logsumexp = static_cast<float>(shift + log_sum);
+  return {shift, static_cast<float>(log_sum), beam_score};
+}
+
+}  // namespace flashkern::beam::sm80
