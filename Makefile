@@ -5,6 +5,7 @@
 #   make test                         builds, runs every test
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
+#   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
 #   make wheel                        a wheel in dist/
 #   make dev [PYTHON=...]             builds in place without an environment, for work on the kernels
 SHELL := /bin/bash -o pipefail
@@ -78,16 +79,26 @@ dev:
 	  || (cat build.log; exit 1)
 	@cmake --build $(BUILD) && cmake --install $(BUILD) > build.log
 
-# The package is copied beside the sanitized library; ASan must be the first library in the process.
-SANITIZED := build/sanitized
+# The package is copied beside the sanitized library. The sanitizer must be the first library in the
+# process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses
+# that are not random. -s: a report must not end in pytest's buffer when the process ends.
+SANITIZER ?= address
+SANITIZE_TESTS ?= tests/attention tests/lora tests/beam tests/simd
+SANITIZED := build/sanitized-$(SANITIZER)
+SANITIZE_CMAKE_address :=
+SANITIZE_CMAKE_thread := -DFLASHKERN_ISAS=portable
+SANITIZE_RUN_address := env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"
+SANITIZE_RUN_thread := setarch -R env TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
+  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so):$$(g++ -print-file-name=libstdc++.so)"
 sanitize: $(VENV)/test.stamp
-	$(MAKE) dev PYTHON=$(PY) BUILD=build/asan OUT=$(CURDIR)/$(SANITIZED)/flashkern \
-	  CMAKE_ARGS=-DFLASHKERN_SANITIZE=ON
+	$(MAKE) dev PYTHON=$(PY) BUILD=build/$(SANITIZER) OUT=$(CURDIR)/$(SANITIZED)/flashkern \
+	  CMAKE_ARGS="-DFLASHKERN_SANITIZE=$(SANITIZER) $(SANITIZE_CMAKE_$(SANITIZER))"
+	rm -rf $(SANITIZED)/tests
 	cp -r flashkern/*.py flashkern/compat flashkern/integrations $(SANITIZED)/flashkern/
 	cp -r tests pyproject.toml $(SANITIZED)/
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest -p no:cacheprovider tests/attention tests/lora tests/beam tests/simd
+	cd $(SANITIZED) && PYTHONPATH=. $(SANITIZE_RUN_$(SANITIZER)) \
+	  $(PY) -m pytest -s -p no:cacheprovider $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info flashkern/*.so build.log

@@ -26,10 +26,9 @@ class CMakeBuild(build_ext):
         target = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "flashkern"
         build = Path(self.build_temp).resolve() / "cmake"
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
-        if os.environ.get("FLASHKERN_ISAS"):
-            options.append(f"-DFLASHKERN_ISAS={os.environ['FLASHKERN_ISAS']}")
-        if os.environ.get("FLASHKERN_SANITIZE"):
-            options.append("-DFLASHKERN_SANITIZE=ON")
+        for name in ("FLASHKERN_ISAS", "FLASHKERN_SANITIZE"):
+            if os.environ.get(name):
+                options.append(f"-D{name}={os.environ[name]}")
         print(f"flashkern: building the CPU operators with {jobs()} jobs", file=sys.stderr)
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options])
         subprocess.check_call(["cmake", "--build", build, "-j", str(jobs())])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import compare, page, plots, results, table
+from benchmarks import compare, markdown, page, plots, results, table
 from benchmarks.clock import CLOCKS
 from benchmarks.profiles import PROFILES
 
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of a result file again")
     report.add_argument("results", type=Path)
     report.add_argument("--out", type=Path, default=Path("reports"))
+    report.add_argument("--readme", type=Path, help="also put the tables into this file")
     both = commands.add_parser("compare", help="show what moved beyond noise")
     both.add_argument("before", type=Path)
     both.add_argument("after", type=Path)
@@ -94,6 +95,9 @@ def main() -> int:
             return _run(options)
         if options.command == "report":
             write_report(options.results, options.out, _console())
+            if options.readme:
+                text = markdown.markdown(results.load(options.results), str(options.results))
+                markdown.replace(options.readme, text)
             return 0
         before, after = results.load(options.before), results.load(options.after)
         compare.show(compare.compare(before, after), _console())

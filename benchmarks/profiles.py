@@ -219,7 +219,7 @@ PROFILES = {
         ),
         seconds=2.0,
         models=_MODELS,
-        model_seconds=6.0,
+        model_seconds=10.0,
     ),
     "full": Profile(
         (

@@ -50,6 +50,7 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
       "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None) "
       "-> (Tensor scores, Tensor tokens, Tensor parents, Tensor logsumexp_out)");
 
+  m.def("lora_base(str name=\"\") -> str");
   // y and h: what the backward pass keeps. With ids, one adapter for each row (-1: none).
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? "
@@ -62,6 +63,7 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&flashkern::cpu_isa));
+  m.impl("lora_base", TORCH_BOX(&flashkern::set_lora_base));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {

@@ -6,7 +6,7 @@ shapes and dtypes, never a tensor's values, and an argument that is not given co
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +22,18 @@ _TOP_LEFT, _BOTTOM_RIGHT, _OWN_LENGTH = 0, 1, 2
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Band(NamedTuple):
-    """Where the diagonal lies and how far to its sides a row sees; -1 for unbounded."""
+# Where the diagonal lies and how far to its sides a row sees: (alignment, left, right), -1 for
+# unbounded. Plain tuples: a NamedTuple costs as much as all the checks of a decode step.
+Band = tuple[int, int, int]
 
-    alignment: int
-    left: int
-    right: int
-
-
-class Shape(NamedTuple):
-    """The (batch, heads, rows, columns) that masks are broadcast to."""
-
-    batch: int
-    heads: int
-    rows: int
-    columns: int
+# (batch, heads, rows, columns), what masks are broadcast to.
+Shape = tuple[int, int, int, int]
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, as for torch's own attention."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     first = tensors[0]
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
@@ -55,15 +48,50 @@ def contiguous_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def contiguous_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors, copied where their last dimension is not contiguous."""
+    if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
+        return query, key, value
+    return contiguous_last(query), contiguous_last(key), contiguous_last(value)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, dims: int) -> bool:
+    """Whether a kernel takes the three: `check_matrices` in one pass, without a message."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    q, k, v = query.shape, key.shape, value.shape
+    dtype, device = query.dtype, query.device
+    return (
+        len(q) == len(k) == len(v) == dims
+        and dtype in FLOATS
+        and key.dtype is dtype
+        and value.dtype is dtype
+        and key.device == device
+        and value.device == device
+        and k[0] == v[0]
+        and k[1] == v[1]
+        and k[-2] == v[-2]
+        and k[-1] == q[-1]
+        and q[-1] % 8 == 0
+        and v[-1] % 8 == 0
+        and 0 < q[-1] <= MAX_HEAD_DIM
+        and 0 < v[-1] <= MAX_HEAD_DIM
+        and k[1] != 0
+        and q[1] % k[1] == 0
+    )
+
+
 def check_matrices(
-    op: str, named: dict[str, Tensor], dims: int, layout: str, head_axis: int = 1
+    op: str, names: str, query: Tensor, key: Tensor, value: Tensor, dims: int, layout: str
 ) -> None:
-    """Checks query, key and value (by these or other names, in this order) against one another."""
-    for name, tensor in named.items():
+    """Checks query, key and value, whose `names` the caller knows, against one another."""
+    if _fit(query, key, value, dims):
+        return
+    q_name, k_name, v_name = names.split()
+    for name, tensor in ((q_name, query), (k_name, key), (v_name, value)):
         check_tensor(op, name, tensor)
         if tensor.dim() != dims:
             check(False, op, name, f"have {dims} dimensions, {layout}", tuple(tensor.shape))
-    (q_name, query), (k_name, key), (v_name, value) = named.items()
     check_dtype(op, q_name, query, FLOATS)
     for name, tensor in ((k_name, key), (v_name, value)):
         if tensor.dtype != query.dtype:
@@ -82,10 +110,8 @@ def check_matrices(
         if dim % 8 or not 0 < dim <= MAX_HEAD_DIM:
             must = f"have a head_dim that is a multiple of 8 from 8 to {MAX_HEAD_DIM}"
             check(False, op, name, must, dim)
-    heads, kv_heads = query.shape[head_axis], key.shape[head_axis]
-    if kv_heads == 0 or heads % kv_heads:
-        must = f"have a number of heads that divides {q_name}'s {heads}"
-        check(False, op, k_name, must, kv_heads)
+    must = f"have a number of heads that divides {q_name}'s {query.shape[1]}"
+    check(False, op, k_name, must, key.shape[1])
 
 
 def band(op: str, causal: bool | str, window: Window, own_length: bool) -> Band:
@@ -104,7 +130,7 @@ def band(op: str, causal: bool | str, window: Window, own_length: bool) -> Band:
                 check(False, op, "window", "hold None or integers from 0", repr(window))
         left = -1 if window[0] is None else window[0]
         right = -1 if window[1] is None else window[1]
-    return Band(alignment, left, 0 if causal else right)
+    return alignment, left, 0 if causal else right
 
 
 def numbers(
@@ -125,6 +151,26 @@ def numbers(
 def seed_for(query: Tensor, dropout_p: float) -> Tensor | None:
     """A seed where dropout is on."""
     return draw_seed() if dropout_p else None
+
+
+def optional(
+    op: str,
+    query: Tensor,
+    shape: Shape,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """bias, alibi_slopes, sinks and kv_lengths as a kernel takes them; None where not given."""
+    if bias is None and slopes is None and sinks is None and lengths is None:
+        return None, None, None, None
+    return (
+        bias_argument(op, bias, query, shape),
+        slopes_argument(op, slopes, query, shape),
+        sinks_argument(op, sinks, query, shape),
+        int_argument(op, "kv_lengths", lengths, query, shape[:1]),
+    )
 
 
 def _on_device(op: str, name: str, value: Any, query: Tensor) -> None:
@@ -170,8 +216,8 @@ def sinks_argument(op: str, sinks: Tensor | None, query: Tensor, shape: Shape) -
     if sinks is None:
         return None
     _on_device(op, "sinks", sinks, query)
-    if tuple(sinks.shape) != (shape.heads,):
-        check(False, op, "sinks", f"have shape ({shape.heads},)", tuple(sinks.shape))
+    if tuple(sinks.shape) != (shape[1],):
+        check(False, op, "sinks", f"have shape ({shape[1]},)", tuple(sinks.shape))
     check_dtype(op, "sinks", sinks, FLOATS)
     return sinks.to(sums_dtype(query.dtype)).contiguous()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flashkern._dispatch import register_autograd
 from flashkern._ops import ops
 
 FORWARD = ops.attention_forward.default
@@ -25,17 +26,6 @@ _TENSORS = 11
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors records a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Calls attention_forward; without a gradient to record, past the autograd layer.
-
-    That layer is Python and costs as much as a small decode step.
-    """
-    if torch.compiler.is_compiling() or needs_grad(*arguments[: _SINKS + 1]):
-        return FORWARD(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return FORWARD(*arguments)
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,7 +91,7 @@ def _forward_backward(
     query, key, value, bias, *others = tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    grads = BACKWARD(
+    grads = backward(
         grad_output, grad_lse, query, key, value, output, lse, bias, *others, *ctx.numbers,
         ctx.needs_input_grad[_BIAS],
     )  # fmt: skip
@@ -113,9 +103,7 @@ def _forward_backward(
     return tuple(result)
 
 
-torch.library.register_autograd(
-    "flashkern::attention_forward", _forward_backward, setup_context=_save_forward
-)
+forward = register_autograd(FORWARD, _forward_backward, _save_forward)
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -125,7 +113,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd("flashkern::attention_backward", _double_backward)
+backward = register_autograd(BACKWARD, _double_backward)
 
 
 # ---- vmap ----

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from flashkern import _attention_args, _host
+from flashkern._checks import dtype_name
+from flashkern._ops import ops
 from flashkern.explain import planner
 
 
@@ -80,13 +82,35 @@ def _lora_linear(
     rank, rows = lora_a.shape[-2], x.numel() // max(width, 1)
     elements = rows * (width + out) + out * width
     adapters = (lora_a.numel() + lora_b.numel()) * lora_a.element_size()
+    choice = ("auto", "blas", "own").index(ops.lora_base())
+    plan = _host.lora_plan(
+        rows, out, dtype_name(x.dtype), choice if weight.is_contiguous() else 1,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    kernel, why = _LORA_BASES[plan.pop("base")]
     return {
-        "kernel": "torch's BLAS for x W^T, then one pass for the adapter",
-        "why": "the base product is BLAS's own; h = x A^T and y += h B^T share a pass over rows",
+        "kernel": kernel,
+        "why": why,
         "flops": 2.0 * rows * (width * out + rank * (width + out)),
         "bytes": float(elements * x.element_size() + adapters),
-        **_host.lora_plan(rows),
+        **plan,
     }
+
+
+_LORA_BASES = {
+    "blas": (
+        "torch's BLAS for x W^T, then one pass for the adapter",
+        "BLAS multiplies this dtype at this CPU's full rate, or W's rows are not contiguous",
+    ),
+    "tiles": (
+        "own tiles, x W^T + h B^T in one sum",
+        "torch's BLAS runs this dtype below this CPU's full rate",
+    ),
+    "few": (
+        "dot products that read W once, the adapter in the same sum",
+        "a few rows: reading W is the work",
+    ),
+}
 
 
 @planner("beam_topk")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashkern import _attention_args as args
-from flashkern._attention_args import Shape, Window
+from flashkern._attention_args import Window
 from flashkern._attention_ops import APPEND, forward, needs_grad
 from flashkern._checks import check, check_tensor
 
@@ -81,24 +81,19 @@ def attention(
     """
     op = "attention"
     query, key, value = args.autocast(query, key, value)
-    named = {"query": query, "key": key, "value": value}
-    args.check_matrices(op, named, 4, "(batch, heads, sequence, head_dim)")
+    layout = "(batch, heads, sequence, head_dim)"
+    args.check_matrices(op, "query key value", query, key, value, 4, layout)
     batch, heads, rows, _ = query.shape
     columns = key.shape[2]
     if key.shape[0] != batch:
         check(False, op, "key", f"have query's batch of {batch}", key.shape[0])
-    lengths = args.int_argument(op, "kv_lengths", kv_lengths, query, (batch,))
-    shape = Shape(batch, heads, rows, columns)
     band = args.band(op, causal, window, own_length=False)
     scale, softcap, dropout_p = args.numbers(op, query, scale, softcap, dropout_p)
     result = forward(
-        args.contiguous_last(query),
-        args.contiguous_last(key),
-        args.contiguous_last(value),
-        args.bias_argument(op, bias, query, shape),
-        args.slopes_argument(op, alibi_slopes, query, shape),
-        args.sinks_argument(op, sinks, query, shape),
-        lengths, None, None, None, args.seed_for(query, dropout_p),
+        *args.contiguous_rows(query, key, value),
+        *args.optional(
+            op, query, (batch, heads, rows, columns), bias, alibi_slopes, sinks, kv_lengths),
+        None, None, None, args.seed_for(query, dropout_p),
         rows, columns, *band, scale, softcap, dropout_p,
     )  # fmt: skip
     return result if return_lse else result[0]
@@ -160,8 +155,8 @@ def attention_varlen(
     """
     op = "attention_varlen"
     query, key, value = args.autocast(query, key, value)
-    named = {"query": query, "key": key, "value": value}
-    args.check_matrices(op, named, 3, "(tokens, heads, head_dim)")
+    layout = "(tokens, heads, head_dim)"
+    args.check_matrices(op, "query key value", query, key, value, 3, layout)
     starts_q = args.int_argument(op, "cu_seqlens_q", cu_seqlens_q, query, (None,))
     if starts_q is None or starts_q.shape[0] == 0:
         check(False, op, "cu_seqlens_q", "have shape (batch + 1,)", cu_seqlens_q)
@@ -171,18 +166,13 @@ def attention_varlen(
     for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if most < 0:
             check(False, op, name, "not be negative", most)
-    lengths = args.int_argument(op, "kv_lengths", kv_lengths, query, (batch,))
-    shape = Shape(batch, query.shape[1], max_seqlen_q, max_seqlen_k)
+    shape = (batch, query.shape[1], max_seqlen_q, max_seqlen_k)
     band = args.band(op, causal, window, own_length=True)
     scale, softcap, dropout_p = args.numbers(op, query, scale, softcap, dropout_p)
     result = forward(
-        args.contiguous_last(query),
-        args.contiguous_last(key),
-        args.contiguous_last(value),
-        args.bias_argument(op, bias, query, shape),
-        args.slopes_argument(op, alibi_slopes, query, shape),
-        args.sinks_argument(op, sinks, query, shape),
-        lengths, starts_q, starts_k, None, args.seed_for(query, dropout_p),
+        *args.contiguous_rows(query, key, value),
+        *args.optional(op, query, shape, bias, alibi_slopes, sinks, kv_lengths),
+        starts_q, starts_k, None, args.seed_for(query, dropout_p),
         max_seqlen_q, max_seqlen_k, *band, scale, softcap, dropout_p,
     )  # fmt: skip
     return result if return_lse else result[0]
@@ -280,9 +270,8 @@ def attention_kvcache(
     """
     op = "attention_kvcache"
     query, k, v = args.autocast(query, k, v)
-    named = {"query": query, "k_cache": k_cache, "v_cache": v_cache}
     layout = "(batch, heads, tokens, head_dim)"
-    args.check_matrices(op, named, 4, layout)
+    args.check_matrices(op, "query k_cache v_cache", query, k_cache, v_cache, 4, layout)
     batch, heads, rows, _ = query.shape
     check_tensor(op, "cache_lengths", cache_lengths)
     lengths = args.int_argument(op, "cache_lengths", cache_lengths, query, (batch,))
@@ -292,19 +281,18 @@ def attention_kvcache(
         columns *= pages.shape[1]
     elif k_cache.shape[0] != batch:
         check(False, op, "k_cache", f"have query's batch of {batch}", k_cache.shape[0])
-    shape = Shape(batch, heads, rows, columns)
     band = args.band(op, causal, window, own_length=True)
     scale, softcap, dropout_p = args.numbers(op, query, scale, softcap, dropout_p)
-    bias = args.bias_argument(op, bias, query, shape)
-    slopes = args.slopes_argument(op, alibi_slopes, query, shape)
-    sinks = args.sinks_argument(op, sinks, query, shape)
+    bias, slopes, sinks, _ = args.optional(
+        op, query, (batch, heads, rows, columns), bias, alibi_slopes, sinks, None
+    )
     assert lengths is not None
     if k is not None:
         lengths = _append(k_cache, v_cache, k, v, lengths, pages)
     elif v is not None:
         check(False, op, "v", "come with k", "v alone")
     result = forward(
-        args.contiguous_last(query), args.contiguous_last(k_cache), args.contiguous_last(v_cache),
+        *args.contiguous_rows(query, k_cache, v_cache),
         bias, slopes, sinks, lengths, None, None, pages, args.seed_for(query, dropout_p),
         rows, columns, *band, scale, softcap, dropout_p,
     )  # fmt: skip
@@ -351,9 +339,11 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         must = f"have the shape of outputs without the last dimension, {tuple(outputs[0].shape)}"
         check(False, op, "lses", must, tuple(lses[0].shape))
     stacked = torch.stack(lses)
-    lse = stacked.logsumexp(dim=0)
-    nothing = lse == -torch.inf
-    weights = (stacked - lse.masked_fill(nothing, 0)).exp()
+    # A row that is empty in every part stays out of the logsumexp, whose gradient there is NaN.
+    nothing = (stacked == -torch.inf).all(dim=0)
+    finite = stacked.masked_fill(nothing, 0).logsumexp(dim=0)
+    lse = finite.masked_fill(nothing, -torch.inf)
+    weights = (stacked - finite).exp()
     output = sum(w.unsqueeze(-1) * o.to(w.dtype) for w, o in zip(weights, outputs, strict=True))
     assert isinstance(output, Tensor)
     return output.to(outputs[0].dtype), lse

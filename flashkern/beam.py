@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashkern import _ops, reference
 from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+from flashkern._dispatch import register_autograd
 
 
 class BeamTopK(NamedTuple):
@@ -87,10 +88,31 @@ def beam_topk(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     given = None if logsumexp is None else logsumexp.contiguous()
-    return BeamTopK(*_ops.ops.beam_topk(logits, beam_scores.contiguous(), k, given))
+    return BeamTopK(*_topk(logits, beam_scores.contiguous(), k, given))
+
+
+def _fit(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None) -> bool:
+    """Whether the arguments are those of a usual call: `_check` in one pass, without a message."""
+    if not (isinstance(logits, Tensor) and isinstance(beam_scores, Tensor)):
+        return False
+    shape, rows = logits.shape, beam_scores.shape
+    return (
+        logsumexp is None
+        and len(shape) == 3
+        and len(rows) == 2
+        and rows[0] == shape[0]
+        and rows[1] == shape[1]
+        and logits.dtype in FLOATS[:3]
+        and beam_scores.dtype is torch.float32
+        and logits.is_cpu
+        and beam_scores.is_cpu
+        and 1 <= k <= shape[1] * shape[2] < 2**32
+    )
 
 
 def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None) -> None:
+    if _fit(logits, beam_scores, k, logsumexp):
+        return
     op = "beam_topk"
     check_tensor(op, "logits", logits)
     check_tensor(op, "beam_scores", beam_scores)
@@ -155,7 +177,7 @@ def _backward(
     return grad_logits.to(logits.dtype), grad_beams, None, grad_lse if ctx.given else None
 
 
-torch.library.register_autograd("flashkern::beam_topk", _backward, setup_context=_setup)
+_topk = register_autograd(_ops.ops.beam_topk.default, _backward, _setup)
 
 
 @torch.library.register_vmap("flashkern::beam_topk")

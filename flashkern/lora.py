@@ -1,6 +1,7 @@
 """LoRA linear: a frozen linear layer plus a trainable low-rank product, in one operator.
 
-The base product runs in the BLAS that torch carries; everything else is one C++ pass over the rows
+The base product runs in the BLAS that torch carries or, where that is slow, in our own tiles with
+the adapter's product in the same sum (docs/lora.md); everything else is one C++ pass over the rows
 each way. Dropout is a function of a seed: its mask is made again in the backward pass, never
 stored.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+from flashkern._dispatch import register_autograd
 from flashkern._ops import ops
 from flashkern.random import draw_seed
 
@@ -70,7 +72,7 @@ def lora_linear(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"lora_linear: dropout_p must lie in [0, 1], got {dropout_p}")
     seed = draw_seed() if dropout_p > 0.0 else None
-    return ops.lora_linear(x, weight, lora_a, lora_b, bias, None, None, scaling, dropout_p, seed)[0]
+    return _forward(x, weight, lora_a, lora_b, bias, None, None, scaling, dropout_p, seed)[0]
 
 
 def lora_linear_multi(
@@ -141,7 +143,7 @@ def lora_linear_multi(
         check(math.isfinite(scaling), op, "scaling", "be a finite number", repr(scaling))
         scalings = torch.full((adapters,), float(scaling), dtype=torch.float64, device=x.device)
     ids = adapter_ids.to(torch.int64)
-    return ops.lora_linear(x, weight, lora_a, lora_b, bias, ids, scalings, 1.0, 0.0, None)[0]
+    return _forward(x, weight, lora_a, lora_b, bias, ids, scalings, 1.0, 0.0, None)[0]
 
 
 # ---- arguments ----
@@ -244,7 +246,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     need_x, _, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     dx = da = db = None
     if need_x or need_a or need_b:
-        dx, da, db = ops.lora_linear_backward(
+        dx, da, db = _backward_pass(
             grad,
             x,
             weight,
@@ -271,8 +273,8 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd("flashkern::lora_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("flashkern::lora_linear_backward", _no_double_backward)
+_forward = register_autograd(ops.lora_linear.default, _backward, _setup_context)
+_backward_pass = register_autograd(ops.lora_linear_backward.default, _no_double_backward)
 
 
 # ---- fake kernels: shapes and dtypes alone ----

@@ -157,10 +157,11 @@ def attention_kvcache(
 
 def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The output and lse of :func:`flashkern.merge_attention`."""
-    lse = torch.stack(list(lses)).logsumexp(dim=0)
-    base = lse.masked_fill(lse == -math.inf, 0)
-    parts = [o * (x - base).exp().unsqueeze(-1) for o, x in zip(outputs, lses, strict=True)]
-    return torch.stack(parts).sum(dim=0), lse
+    stacked = torch.stack(list(lses))
+    nothing = (stacked == -math.inf).all(dim=0)  # there logsumexp would have NaN for a gradient
+    lse = stacked.masked_fill(nothing, 0).logsumexp(dim=0)
+    parts = [o * (x - lse).exp().unsqueeze(-1) for o, x in zip(outputs, lses, strict=True)]
+    return torch.stack(parts).sum(dim=0), lse.masked_fill(nothing, -math.inf)
 
 
 # ---- beam top-k ----

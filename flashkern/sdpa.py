@@ -70,15 +70,17 @@ def _plain(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> bool:
     """Whether attention() takes these tensors as they are."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(_OP, name, tensor)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_tensor(_OP, name, tensor)
+    q, k, v = query.shape, key.shape, value.shape
     return (
-        query.dim() == key.dim() == value.dim() == 4
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and key.shape[1] == value.shape[1]
-        and (enable_gqa or query.shape[1] == key.shape[1])
-        and query.shape[3] % 8 == 0
-        and value.shape[3] % 8 == 0
+        len(q) == len(k) == len(v) == 4
+        and q[0] == k[0] == v[0]
+        and k[1] == v[1]
+        and (enable_gqa or q[1] == k[1])
+        and q[3] % 8 == 0
+        and v[3] % 8 == 0
         and (mask is None or mask.dim() <= 4)
     )
 

@@ -1,18 +1,19 @@
 // What a LoRA linear is to a kernel: plain numbers and pointers.
 //
 //   h  = scale * drop(x) A^T        (rows, rank)   scale = scaling / (1 - p)
-//   y += h B^T                      (rows, out)    on top of the base product x W^T + bias
+//   y  = x W^T + bias + h B^T       (rows, out)
 //
 // Backward, from dy and the h that the forward pass kept:
 //
 //   dh = scale * dy B               dB = dy^T h
-//   dA = dh^T keep(x)               dx += keep(dh A)    on top of the base product dy W
+//   dA = dh^T keep(x)               dx = dy W + keep(dh A)
 //
 // keep(v) puts zeros where dropout drops; the factor 1 / (1 - p) lies in h and in dh once.
 #pragma once
 
 #include <cstdint>
 
+#include "lora/plan.h"
 #include "simd/isa.h"
 #include "types.h"
 
@@ -37,26 +38,31 @@ struct LoraAdapters {
 
 struct LoraForward {
   int64_t rows, in, out;
-  DType dtype;  // of x and y
+  DType dtype;    // of x and y
+  LoraBase base;  // who computes x W^T + bias; kBlas: y holds it already
   const void* x;
-  int64_t x_row;  // elements from one row to the next
-  void* y;        // (rows, out), holds the base product
-  void* h;        // (rows, rank), float32 (float64 for float64)
+  int64_t x_row;       // elements from one row to the next
+  const void* weight;  // (out, in) contiguous
+  const void* bias;    // (out,), or null
+  void* y;             // (rows, out)
+  void* h;             // (rows, rank), float32 (float64 for float64)
   LoraAdapters adapters;
   LoraDropout dropout;
 };
 
 struct LoraBackward {
   int64_t rows, in, out;
-  DType dtype;  // of x, dy and dx
+  DType dtype;    // of x, dy and dx
+  LoraBase base;  // who computes dy W; kBlas: dx holds it already
   const void* x;
   int64_t x_row;
   const void* dy;
   int64_t dy_row;
   const void* h;
-  void* dx;  // (rows, in), holds dy W; null where x needs no gradient
-  void* da;  // like A; null where the adapter needs none
-  void* db;  // like B; null likewise
+  const void* weight;  // (out, in) contiguous
+  void* dx;            // (rows, in); null where x needs no gradient
+  void* da;            // like A; null where the adapter needs none
+  void* db;            // like B; null likewise
   LoraAdapters adapters;
   LoraDropout dropout;
 };

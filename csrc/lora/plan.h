@@ -6,7 +6,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
+
+#include "simd/isa.h"
+#include "types.h"
 
 namespace flashkern {
 
@@ -58,6 +62,67 @@ inline LoraPlan lora_plan(int64_t rows, int64_t adapters, const int64_t* ids) {
   // No rows, no memory for ids: their pointer is null then, and the other adapters have no segment.
   plan.first.resize(adapters + 1, static_cast<int64_t>(plan.segments.size()));
   return plan;
+}
+
+// ---- the base product ----
+
+// Who computes x W^T and dy W: torch's BLAS, or this library's own tiles with the adapter's product
+// in the same sum, or, for a few rows, dot products that read W once.
+enum class LoraBase { kBlas, kTiles, kFew };
+
+inline constexpr int64_t kFewRows = 16;  // up to here W is better read in place than packed
+inline constexpr int64_t kFewRowsBesideBlas = 8;  // and up to here, where BLAS is good
+inline constexpr int64_t kFewTaskCols = 48;       // whole blocks of 6 and of 8
+inline constexpr int64_t kProductDepth = 256;     // a panel of 256 x 32 floats fills half of an L1
+inline constexpr int64_t kProductCols = 256;      // at most, of one task
+inline constexpr int64_t kProductTileRows = 84;   // whole blocks of the micro-GEMM's 14 and 6 rows
+inline constexpr int64_t kProductTaskRows = 672;  // 16-bit results: 336 KiB of sums
+
+// What the caller wants: kAuto is the choice below; the others are for tests and measurements.
+enum class LoraChoice { kAuto, kBlas, kOwn };
+
+// MKL, which torch carries, keeps its AVX-512 kernels for Intel's CPUs; oneDNN's 16-bit products
+// are good where the CPU multiplies 16-bit numbers itself. float64 is unhurried: BLAS's.
+inline LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice,
+                          const CpuFacts& cpu) {
+  const bool good_blas = dtype == DType::kFloat32    ? cpu.intel
+                         : dtype == DType::kBFloat16 ? cpu.bfloat16
+                         : dtype == DType::kFloat16  ? cpu.half
+                                                     : true;
+  const bool own = choice == LoraChoice::kOwn;
+  if (dtype == DType::kFloat64 || choice == LoraChoice::kBlas) return LoraBase::kBlas;
+  const bool few = rows <= (good_blas && !own ? kFewRowsBesideBlas : kFewRows);
+  if (few && forward) return LoraBase::kFew;
+  return own || (!few && !good_blas) ? LoraBase::kTiles : LoraBase::kBlas;
+}
+
+struct ProductCut {
+  int64_t task_rows = 1, task_columns = 1, row_blocks = 0, strips = 0;
+  int64_t tasks() const { return row_blocks * strips; }
+};
+
+// The cut whose slowest thread has least to do. A task's cost is its area, plus the packing of its
+// weights, worth 40 rows, and the copying of its rows, worth 12 columns (measured). No sum depends
+// on the cut.
+inline ProductCut product_cut(int64_t rows, int64_t columns, int64_t threads) {
+  constexpr int64_t kRowUnit = 14, kPacking = 40, kCopying = 12;
+  ProductCut best;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t width = kProductCols; rows > 0 && columns > 0 && width >= 64; width /= 2) {
+    const int64_t strips = (columns + width - 1) / width;
+    for (int64_t blocks = (rows + kProductTaskRows - 1) / kProductTaskRows;; ++blocks) {
+      const int64_t step = ((rows + blocks - 1) / blocks + kRowUnit - 1) / kRowUnit * kRowUnit;
+      const ProductCut cut{step, width, (rows + step - 1) / step, strips};
+      const int64_t rounds = (cut.tasks() + threads - 1) / threads;
+      const int64_t cost = rounds * (step + kPacking) * (width + kCopying);
+      if (cost < least) {
+        least = cost;
+        best = cut;
+      }
+      if (step <= kProductTileRows || cut.tasks() >= 8 * threads) break;
+    }
+  }
+  return best;
 }
 
 }  // namespace flashkern

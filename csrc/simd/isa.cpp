@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace flashkern {
 namespace {
 
@@ -76,5 +80,19 @@ const char* isa_name(Isa isa) {
 }
 
 int isa_lanes(Isa isa) { return isa == Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4; }
+
+CpuFacts cpu_facts() {
+  CpuFacts facts;
+#if defined(__x86_64__)
+  facts.intel = __builtin_cpu_is("intel");
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+    facts.half = edx >> 23 & 1;
+    facts.bfloat16 = edx >> 22 & 1;  // AMX
+  }
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) facts.bfloat16 |= eax >> 5 & 1;
+#endif
+  return facts;
+}
 
 }  // namespace flashkern

@@ -20,6 +20,14 @@ bool set_isa(const char* name);
 const char* isa_name(Isa isa);
 int isa_lanes(Isa isa);  // floats in a vector
 
+// What a plan wants to know of this CPU beyond its vectors.
+struct CpuFacts {
+  bool intel = false;
+  bool bfloat16 = false;  // multiplies bfloat16: AVX512_BF16 or AMX
+  bool half = false;      // multiplies float16: AVX512_FP16
+};
+CpuFacts cpu_facts();
+
 }  // namespace flashkern
 
 #ifdef FK_BUILD_AVX2

@@ -118,13 +118,14 @@ void set_paged(Problem& p, const AttentionArguments& a) {
 }
 
 // Laid out as query is: where its heads lie side by side in a row, so do those of the output.
-Tensor new_output(const Tensor& query, int64_t rows, int64_t value_dim) {
-  using torch::stable::new_empty;
+Tensor new_output(const Tensor& query, int64_t rows, int64_t dim) {
+  const ScalarType dtype = query.scalar_type();
   const int64_t heads = query.size(1);
-  if (query.dim() == 3) return new_empty(query, {rows, heads, value_dim});
+  if (query.dim() == 3) return empty<3>({rows, heads, dim}, dtype);
   const int64_t batch = query.size(0);
-  if (query.stride(1) >= query.stride(2)) return new_empty(query, {batch, heads, rows, value_dim});
-  return torch::stable::transpose(new_empty(query, {batch, rows, heads, value_dim}), 1, 2);
+  if (query.stride(1) >= query.stride(2)) return empty<4>({batch, heads, rows, dim}, dtype);
+  const int64_t row = heads * dim;
+  return empty_strided<4>({batch, heads, rows, dim}, {rows * row, dim, row, 1}, dtype);
 }
 
 attention::Output writable(const attention::Matrix& m) {
@@ -200,8 +201,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   const bool wide = p.dtype == DType::kFloat64;
   const auto lse_type = wide ? ScalarType::Double : ScalarType::Float;
   Tensor output = new_output(query, rows, p.value_dim);
-  Tensor lse = packed ? torch::stable::new_empty(query, {p.heads, rows}, lse_type)
-                      : torch::stable::new_empty(query, {p.batch, p.heads, rows}, lse_type);
+  Tensor lse =
+      packed ? empty<2>({p.heads, rows}, lse_type) : empty<3>({p.batch, p.heads, rows}, lse_type);
   p.output = output_of(output);
   p.lse = row_values_of(lse);
   if (p.batch * p.heads * rows > 0) {

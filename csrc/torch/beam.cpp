@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk_cpu(Tensor logits, Tensor b
   check_beams(beam_scores, logits, "beam_scores");
   if (logsumexp.has_value()) check_beams(*logsumexp, logits, "logsumexp");
 
-  Tensor scores = torch::stable::new_empty(beam_scores, {p.batch, k});
-  Tensor tokens = torch::stable::new_empty(beam_scores, {p.batch, k}, ScalarType::Long);
-  Tensor parents = torch::stable::new_empty(beam_scores, {p.batch, k}, ScalarType::Long);
-  Tensor joint = torch::stable::new_empty(beam_scores, {p.batch, p.beams});
+  Tensor scores = empty<2>({p.batch, k}, ScalarType::Float);
+  Tensor tokens = empty<2>({p.batch, k}, ScalarType::Long);
+  Tensor parents = empty<2>({p.batch, k}, ScalarType::Long);
+  Tensor joint = empty<2>({p.batch, p.beams}, ScalarType::Float);
   p.logits = logits.const_data_ptr();
   p.batch_stride = logits.stride(0);
   p.beam_stride = logits.stride(1);

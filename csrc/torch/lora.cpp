@@ -1,6 +1,8 @@
 #include "torch/lora.h"
 
+#include <algorithm>
 #include <array>
+#include <string_view>
 #include <vector>
 
 #include "dropout.h"
@@ -17,6 +19,18 @@ Tensor base_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+LoraChoice& lora_choice() {
+  static LoraChoice choice = LoraChoice::kAuto;
+  return choice;
+}
+
+// Who computes the base product of this call: lora/plan.h's choice, or the one that was forced. Our
+// own tiles read a weight whose rows are contiguous.
+LoraBase choose_base(const Tensor& x, int64_t rows, const Tensor& weight, bool forward) {
+  if (!weight.is_contiguous()) return LoraBase::kBlas;
+  return lora_base(rows, dtype_of(x), forward, lora_choice(), cpu_facts());
 }
 
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -103,11 +117,28 @@ void check_shapes(const Tensor& x, const Tensor& weight, const Adapters& adapter
                   "lora_linear: lora_a and lora_b must fit the weight");
 }
 
+// Contiguous, whatever the strides of `like`.
 Tensor empty_of(const Tensor& like, bool needed) {
-  return needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
+  if (!needed) return torch::stable::new_empty(like, {0});
+  return torch::stable::new_empty(like, like.sizes());
+}
+
+Tensor empty_result(const Tensor& x, int64_t out) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out;
+  return torch::stable::new_empty(x, sizes);
 }
 
 }  // namespace
+
+std::string set_lora_base(std::string name) {
+  constexpr const char* kNames[] = {"auto", "blas", "own"};
+  const auto* found = std::find(kNames, kNames + 3, std::string_view(name));
+  STD_TORCH_CHECK(name.empty() || found != kNames + 3,
+                  "lora_base: name must be auto, blas or own, got ", name);
+  if (!name.empty()) lora_choice() = static_cast<LoraChoice>(found - kNames);
+  return kNames[static_cast<int>(lora_choice())];
+}
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                                        const Tensor& lora_b, const std::optional<Tensor>& bias,
@@ -117,14 +148,20 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   const RowView view(x);
   const Adapters adapters(lora_a, lora_b, ids, scalings, scaling, dropout_p, seed, view.rows);
   check_shapes(x, weight, adapters);
-  const Tensor y = packed(base_linear(view.tensor, weight, bias));
+  const LoraBase base = choose_base(x, view.rows, weight, true);
+  const Tensor y = base == LoraBase::kBlas ? packed(base_linear(view.tensor, weight, bias))
+                                           : empty_result(x, weight.size(0));
+  const std::optional<Tensor> added = bias.has_value() ? std::optional(packed(*bias)) : bias;
   const Tensor h = torch::stable::new_empty(y, {view.rows, adapters.params.rank}, sum_type(x));
   LoraForward p{view.rows,
                 weight.size(1),
                 weight.size(0),
                 dtype_of(x),
+                base,
                 view.tensor.const_data_ptr(),
                 view.row,
+                weight.const_data_ptr(),
+                added.has_value() ? added->const_data_ptr() : nullptr,
                 y.mutable_data_ptr(),
                 h.mutable_data_ptr(),
                 adapters.params,
@@ -142,19 +179,22 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
   const RowView dy(grad), view(x);
   const Adapters adapters(lora_a, lora_b, ids, scalings, scaling, dropout_p, seed, view.rows);
   check_shapes(x, weight, adapters);
-  const Tensor dx =
-      need_x ? packed(torch::stable::matmul(dy.tensor, weight)) : torch::stable::new_empty(x, {0});
+  const LoraBase base = choose_base(x, view.rows, weight, false);
+  const bool blas = need_x && base == LoraBase::kBlas;
+  const Tensor dx = blas ? packed(torch::stable::matmul(dy.tensor, weight)) : empty_of(x, need_x);
   const Tensor da = empty_of(adapters.a, need_a), db = empty_of(adapters.b, need_b);
   const Tensor kept = packed(h);
   LoraBackward p{view.rows,
                  weight.size(1),
                  weight.size(0),
                  dtype_of(x),
+                 base,
                  view.tensor.const_data_ptr(),
                  view.row,
                  dy.tensor.const_data_ptr(),
                  dy.row,
                  kept.const_data_ptr(),
+                 weight.const_data_ptr(),
                  need_x ? dx.mutable_data_ptr() : nullptr,
                  need_a ? da.mutable_data_ptr() : nullptr,
                  need_b ? db.mutable_data_ptr() : nullptr,

@@ -3,11 +3,16 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "torch/tensor.h"
 
 namespace flashkern {
+
+// Who computes base products from now on: "auto" (lora/plan.h), "blas", "own"; "" changes nothing.
+// Returns the choice.
+std::string set_lora_base(std::string name);
 
 // y = x W^T + bias + the adapters' part, and h. Without ids, lora_a is (rank, in), lora_b (out,
 // rank) and `scaling` counts; with ids (one for each row), (n, rank, in), (n, out, rank) and

@@ -2,11 +2,14 @@
 // arithmetic.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 
 #include "types.h"
@@ -33,6 +36,28 @@ inline DType dtype_of(const Tensor& t) {
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+// A new CPU tensor, uninitialised. One call of torch's C interface: torch::stable::new_empty looks
+// its operator up by name and boxes six arguments, which a decode step pays thirty times.
+template <size_t N>
+Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
+                     ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(),
+                                                         to<int32_t>(from(dtype)),
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) {
+  std::array<int64_t, N> strides;
+  int64_t elements = 1;
+  for (size_t i = N; i-- > 0; elements *= std::max<int64_t>(sizes[i], 1)) strides[i] = elements;
+  return empty_strided(sizes, strides, dtype);
 }
 
 }  // namespace flashkern

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashkern._attention_args import int_argument
+from flashkern._attention_ops import sums_dtype
 from flashkern._checks import check
 from flashkern.attention import attention, attention_kvcache, attention_varlen
 
@@ -85,7 +87,18 @@ def flash_attn_func(
     return (output, lse, None) if return_attn_probs else output
 
 
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """:func:`flash_attn_func` with keys and values in one tensor, (B, S, 2, Hkv, D).
 
     Example:
@@ -95,10 +108,23 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -
         torch.Size([1, 3, 4, 64])
     """
     k, v = kv.unbind(dim=2)
-    return flash_attn_func(q, k, v, *args, **kwargs)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """:func:`flash_attn_func` with query, key and value in one tensor, (B, S, 3, H, D).
 
     Example:
@@ -108,7 +134,45 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
         torch.Size([1, 5, 4, 64])
     """
     q, k, v = qkv.unbind(dim=2)
-    return flash_attn_func(q, k, v, *args, **kwargs)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _attend_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    pages: Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Packed queries, paged keys: each sequence is a small attention_kvcache, nothing is copied."""
+    op = "flash_attn_varlen_func"
+    starts, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff()
+    batch = len(starts) - 1
+    good = starts == sorted(starts) and starts[:1] == [0] and starts[-1] <= q.shape[0]
+    check(good, op, "cu_seqlens_q", f"rise from 0 to the {q.shape[0]} rows at most", starts)
+    for name, have, want in (
+        ("cu_seqlens_k", cu_seqlens_k.shape[0], batch + 1),
+        ("block_table", pages.shape[0], batch),
+    ):
+        check(have == want, op, name, f"have {want} rows", have)
+    output = q.new_zeros(*q.shape[:2], v.shape[-1])
+    lse = torch.full(q.shape[1::-1], -torch.inf, dtype=sums_dtype(q.dtype), device=q.device)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    slopes = options.pop("alibi_slopes")
+    per_row = slopes is not None and slopes.dim() == 2
+    for b in range(batch):
+        rows, one = slice(starts[b], starts[b + 1]), slice(b, b + 1)
+        part, part_lse = attention_kvcache(
+            q[rows].transpose(0, 1).unsqueeze(0), k, v, cache_lengths=lengths[one],
+            page_table=pages[one], alibi_slopes=slopes[one] if per_row else slopes, **options,
+        )  # fmt: skip
+        output[rows], lse[:, rows] = part[0].transpose(0, 1), part_lse[0]
+    return output, lse
 
 
 def flash_attn_varlen_func(
@@ -131,11 +195,15 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attention over packed (tokens, H, D) tensors: see :func:`flashkern.attention_varlen`.
 
+    With ``block_table``, (B, pages of a sequence) int32, ``k`` and ``v`` are caches in pages,
+    (pages, page_size, Hkv, D), and ``cu_seqlens_k`` tells the lengths alone.
+
     Returns:
         The output, (Tq, H, Dv); with ``return_attn_probs`` (output, lse (H, Tq), None).
 
     Raises:
-        NotImplementedError: ``block_table`` is given; flash_attn_with_kvcache takes one.
+        NotImplementedError: a backward pass where ``block_table`` is given.
+        ValueError: cu_seqlens that do not fit, and what attention_varlen refuses.
 
     Example:
         >>> import torch
@@ -145,19 +213,32 @@ def flash_attn_varlen_func(
         >>> flash_attn_varlen_func(q, k, v, starts, starts, 7, 7).shape
         torch.Size([12, 4, 64])
     """
-    if block_table is not None:
-        raise NotImplementedError(
-            "flash_attn_varlen_func: block_table must be None; "
-            "flash_attn_with_kvcache attends to a paged cache"
-        )
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    output, lse = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-    )
+    if block_table is not None:
+        output, lse = _attend_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, options)
+    else:
+        output, lse = attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
+        )
     return (output, lse, None) if return_attn_probs else output
 
 
-def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """:func:`flash_attn_varlen_func` with keys and values in one tensor, (tokens, 2, Hkv, D).
 
     Example:
@@ -169,11 +250,25 @@ def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs:
         torch.Size([12, 4, 64])
     """
     k, v = kv.unbind(dim=1)
-    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` with all three in one tensor, (tokens, 3, H, D).
 
@@ -186,8 +281,10 @@ def flash_attn_varlen_qkvpacked_func(
     """
     q, k, v = qkv.unbind(dim=1)
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs
-    )
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
@@ -208,6 +305,14 @@ def _lengths(cache_seqlens: int | Tensor | None, batch: int, capacity: int, q: T
         return cache_seqlens
     length = capacity if cache_seqlens is None else cache_seqlens
     return torch.full((batch,), length, dtype=torch.int32, device=q.device)
+
+
+def _behind_padding(op: str, leftpad: Tensor | None, q: Tensor, capacity: int) -> Tensor | None:
+    """True for the tokens of (B, 1, 1, T) that lie behind each sequence's padding."""
+    first = int_argument(op, "cache_leftpad", leftpad, q, (q.shape[0],))
+    if first is None:
+        return None
+    return torch.arange(capacity, device=q.device) >= first.view(-1, 1, 1, 1)
 
 
 def flash_attn_with_kvcache(
@@ -233,16 +338,17 @@ def flash_attn_with_kvcache(
 ) -> Any:
     """Appends to a cache in place, then attends to it: see :func:`flashkern.attention_kvcache`.
 
-    The caches are (B, T, Hkv, D), or with ``block_table`` (pages, page_size, Hkv, D). Rotary
-    embeddings turn the appended keys at their positions, and the queries at theirs (all at the
-    cache's end when neither ``causal`` nor a window is set), as flash_attn does. ``num_splits`` is
-    the kernel's own choice here.
+    The caches are (B, T, Hkv, D), or with ``block_table`` (pages, page_size, Hkv, D);
+    ``cache_batch_idx``, (B,), names the cache row of each sequence. Rotary embeddings turn the
+    appended keys at their positions, and the queries at theirs (all at the cache's end when
+    neither ``causal`` nor a window is set), as flash_attn does. The first ``cache_leftpad[b]``
+    tokens, padding, count as positions and are not seen. ``num_splits`` is the kernel's own
+    choice here.
 
     Returns:
         The output, (B, Sq, H, Dv); with ``return_softmax_lse`` (output, lse (B, H, Sq)).
 
     Raises:
-        NotImplementedError: ``cache_leftpad`` is given.
         ValueError: arguments that exclude one another, and those of attention_kvcache.
 
     Example:
@@ -254,8 +360,6 @@ def flash_attn_with_kvcache(
         torch.Size([1, 2, 4, 64])
     """
     op = "flash_attn_with_kvcache"
-    if cache_leftpad is not None:
-        raise NotImplementedError(f"{op}: cache_leftpad must be None: left padding is not built")
     check((k is None) == (v is None), op, "k and v", "come together", "one of them")
     check(k is None or cache_seqlens is not None, op, "cache_seqlens", "come with k", "None")
     if block_table is not None and cache_batch_idx is not None:
@@ -285,6 +389,7 @@ def flash_attn_with_kvcache(
         k=None if k is None else k.transpose(1, 2),
         v=None if v is None else v.transpose(1, 2),
         page_table=pages,
+        bias=_behind_padding(op, cache_leftpad, q, capacity),
         **options,
     )
     output = output.transpose(1, 2).contiguous()

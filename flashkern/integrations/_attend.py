@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import flashkern
-from flashkern.integrations import _masks
-from flashkern.integrations._padding import cut_head_dim, pad_head_dim
+from flashkern.integrations import _masks, _packing
+from flashkern.integrations._padding import STEP, cut_head_dim, pad_head_dim
 
 
 @dataclasses.dataclass
@@ -53,6 +53,8 @@ def _read(mask: Tensor | None, causal: bool, queries: int, keys: int) -> _Call:
     if not isinstance(mask, _masks.Mask):
         return _Call(_used_keys(mask) if mask.shape[-1] == keys else keys, keep=mask)
     recipe, band = mask.recipe, mask.recipe.band
+    if recipe.sequences is not None:
+        return _Call(keys, keep=mask.dense())
     shift = recipe.q_offset - recipe.kv_offset  # on the diagonal, query i meets key i + shift
     call = _Call(keys, False, band.left, band.right, recipe.lengths)
     if recipe.padding is not None:
@@ -91,6 +93,12 @@ def attend(
     to (batch, heads, queries, keys); `left_window` lets a query see no further back than that many
     keys. The result is (batch, heads, queries, value_head_dim).
     """
+    if mask is None and left_window is None and not (causal and query.shape[2] > 1):
+        return _run(query, key, value, scale=scale, bias=bias, **options)
+    if isinstance(mask, _masks.Mask) and bias is None and left_window is None:
+        packed = _packing.plan(query, key, value, mask, options.get("dropout_p", 0.0))
+        if packed is not None:
+            return _run(query, key, value, packed, scale=scale, **options)
     keys = key.shape[2]
     call = _read(mask, causal, query.shape[2], keys)
     if left_window is not None:
@@ -103,9 +111,7 @@ def attend(
             call.lengths = call.lengths.clamp(max=call.end)
         if bias is not None and bias.shape[-1] > 1:
             bias = bias[..., : call.end]
-    value_dim = value.shape[-1]
-    query, key, value = pad_head_dim(query, key, value)
-    out = flashkern.attention(
+    return _run(
         query,
         key,
         value,
@@ -116,4 +122,18 @@ def attend(
         kv_lengths=call.lengths,
         **options,
     )
-    return cut_head_dim(out, value_dim)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: _packing.Packed | None = None,
+    **options: Any,
+) -> Tensor:
+    """flashkern.attention, or attention_varlen on `packed`, with any head_dim."""
+    attention = flashkern.attention if packed is None else packed.attention
+    value_dim = value.shape[-1]
+    if query.shape[-1] % STEP == 0 == value_dim % STEP:
+        return attention(query, key, value, **options)
+    return cut_head_dim(attention(*pad_head_dim(query, key, value), **options), value_dim)

@@ -3,12 +3,12 @@
 transformers hands its mask functions a *recipe* (causal, sliding window, padding, where queries and
 keys begin) and expects a bool tensor (batch, 1, queries, keys). `Mask` is such a tensor to everyone
 who looks, but holds only the recipe: the attention function reads it and passes `causal`,
-`window` and `kv_lengths` on, so that a kernel skips whole blocks and no (queries x keys) memory
-exists. Any tensor operation on it, a slice for instance, turns it into the dense bool tensor
-first: code that knows nothing of this class always sees the right values.
+`window`, `kv_lengths` or the ends of sequences on, so that a kernel skips whole blocks and no
+(queries x keys) memory exists. Any tensor operation on it, a slice for instance, turns it into the
+dense bool tensor first: code that knows nothing of this class always sees the right values.
 
-Recipes that are not understood (packed sequences, chunks, a user's own functions) become dense
-masks at once, made by transformers' own `sdpa_mask`.
+Recipes that are not understood (chunks, a user's own functions) become dense masks at once, made by
+transformers' own `sdpa_mask`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Recipe:
 
     q_offset and kv_offset are the positions of the first query and the first key. At most one of
     `lengths` (batch,) int32, for rows whose padding is all on the right, and `padding`
-    (batch, keys) bool, True = a real key, is set.
+    (batch, keys) bool, True = a real key, is set. Beside `padding`, `starts` holds the first real
+    key of each row where its padding is all on the left. `sequences` (batch, keys) tells packed
+    sequences apart, without any padding: neighbours of the same number are of one sequence, and
+    the band counts within it.
     """
 
     band: Band
@@ -60,6 +63,8 @@ class Recipe:
     kv_offset: int
     lengths: Tensor | None = None
     padding: Tensor | None = None
+    starts: Tensor | None = None
+    sequences: Tensor | None = None
 
     def real_keys(self, keys: int) -> Tensor | None:
         """(batch, keys) bool, True = a real key; None when all are."""
@@ -72,6 +77,8 @@ class Recipe:
         q = torch.arange(queries, device=device)[:, None] + self.q_offset
         k = torch.arange(keys, device=device)[None, :] + self.kv_offset
         keep = self.band.allows(k - q)
+        if self.sequences is not None:
+            keep = keep & (self.sequences[:, :, None] == self.sequences[:, None, :])[:, None]
         real = self.real_keys(keys)
         if real is not None:
             return keep & real[:, None, None, :]
@@ -82,6 +89,7 @@ class Mask(Tensor):
     """A bool mask (batch, 1, queries, keys) without storage: see the head of this file."""
 
     recipe: Recipe
+    plans: dict[int, Any]  # what attention functions have worked out from it
     _dense: Tensor | None
 
     @staticmethod
@@ -96,6 +104,7 @@ class Mask(Tensor):
         self, recipe: Recipe, batch: int, queries: int, keys: int, device: torch.device | str
     ) -> None:
         self.recipe = recipe
+        self.plans = {}
         self._dense = None
 
     def dense(self) -> Tensor:
@@ -127,6 +136,8 @@ def _code(function: Any) -> Any:
 _AND = _code(masking_utils.and_masks())
 _LEFT = _code(masking_utils.sliding_window_overlay(1))
 _BOTH = _code(masking_utils.sliding_window_bidirectional_overlay(1))
+_SAME_SEQUENCE = _code(masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)))
+_IN_SEQUENCE = _code(masking_utils.remap_positions_for_packed_sequence(lambda: 0, torch.zeros(1)))
 
 
 def band_of(function: Callable) -> Band | None:
@@ -151,19 +162,56 @@ def band_of(function: Callable) -> Band | None:
     return band
 
 
-def _padding(mask: Tensor | None, keys: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
-    """A 2-D padding mask as (lengths, padding), of which at most one is not None."""
+def _cells(function: Any) -> dict[str, Any]:
+    """A closure's variables by name."""
+    cells = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+def packed_of(function: Callable) -> tuple[Band, Tensor] | None:
+    """The band within a sequence and the sequences' numbers, for packed sequences; None for others.
+
+    transformers tells sequences apart where positions do not rise by one, so that within one a
+    distance of positions is a distance of places.
+    """
+    if _code(function) is not _AND:
+        return None
+    (parts,) = _cells(function).values()
+    if [_code(part) for part in parts] != [_SAME_SEQUENCE, _IN_SEQUENCE]:
+        return None
+    band = band_of(_cells(parts[1])["mask_function"])
+    sequences = _cells(parts[0])["packed_sequence_mask"]
+    return None if band is None else (band, sequences)
+
+
+def _packed_mask(
+    function: Callable, batch: int, queries: int, keys: int, device: torch.device | str
+) -> Mask | None:
+    """The mask of packed sequences, where `function` describes them."""
+    packed = packed_of(function)
+    if packed is None or queries != keys or packed[1].shape != (batch, keys):
+        return None
+    return Mask(Recipe(packed[0], 0, 0, sequences=packed[1]), batch, queries, keys, device)
+
+
+def _padding(mask: Tensor | None, keys: int, kv_offset: int) -> dict[str, Tensor]:
+    """The fields of a `Recipe` for a 2-D padding mask: none, lengths, or padding (and starts)."""
     if mask is None:
-        return None, None
+        return {}
     missing = keys + kv_offset - mask.shape[-1]
     if missing > 0:
         mask = torch.nn.functional.pad(mask, (0, missing))
     mask = mask[:, kv_offset : kv_offset + keys]
     lengths = mask.sum(-1, dtype=torch.int32)
     if bool((lengths == keys).all()):
-        return None, None
-    right_padded = torch.equal(torch.arange(keys, device=mask.device) < lengths[:, None], mask)
-    return (lengths, None) if right_padded else (None, mask)
+        return {}
+    place = torch.arange(keys, device=mask.device)
+    if torch.equal(place < lengths[:, None], mask):
+        return {"lengths": lengths}
+    starts = keys - lengths
+    if torch.equal(place >= starts[:, None], mask):
+        return {"padding": mask, "starts": starts}
+    return {"padding": mask}
 
 
 def _without_effect(band: Band, q_offset: int, queries: int, kv_offset: int, keys: int) -> Band:
@@ -196,11 +244,8 @@ def build_mask(
     band = band_of(mask_function) if skip else None
     if never_none:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    # One query needs no band: its dense mask is a row of keys. A static cache, which counts in a
-    # tensor, may belong to compiled code, which takes ordinary tensors.
-    dense = band is None or q_length == 1 or isinstance(q_offset, Tensor)
-    tracing = masking_utils.is_tracing(attention_mask) or masking_utils.is_torchdynamo_exporting()
-    if dense or tracing or kwargs.get("use_vmap", False):
+
+    def dense() -> Tensor | None:
         return masking_utils.sdpa_mask(
             batch_size,
             q_length,
@@ -212,16 +257,22 @@ def build_mask(
             device=device,
             **kwargs,
         )
-    assert band is not None
-    start = int(q_offset)
-    lengths, padding = _padding(attention_mask, kv_length, kv_offset)
-    effective = _without_effect(band, start, q_length, kv_offset, kv_length)
-    recipe = Recipe(effective, start, kv_offset, lengths, padding)
-    plain = lengths is None and padding is None
-    if plain and not never_none:
-        causal = band.right == 0
-        if causal and effective == Band(right=0) and start == kv_offset:
+
+    tracing = masking_utils.is_tracing(attention_mask) or masking_utils.is_torchdynamo_exporting()
+    # A static cache, which counts in a tensor, may belong to compiled code: it takes plain tensors.
+    if tracing or isinstance(q_offset, Tensor) or kwargs.get("use_vmap", False):
+        return dense()
+    sizes = (batch_size, q_length, kv_length, device)
+    if band is None:
+        packed = _packed_mask(mask_function, *sizes) if attention_mask is None else None
+        return dense() if packed is None else packed
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    effective = _without_effect(band, q_offset, q_length, kv_offset, kv_length)
+    if not padding and not never_none:
+        from_start = band.right == 0 and q_offset == kv_offset and effective == Band(right=0)
+        if from_start or (effective == Band() and (band.right != 0 or q_length == 1)):
             return None
-        if not causal and effective == Band():
-            return None
-    return Mask(recipe, batch_size, q_length, kv_length, device)
+    # A row of keys is all that one query's mask is: as dense as it can be, but for left padding.
+    if q_length == 1 and not (effective == Band() and "starts" in padding):
+        return dense()
+    return Mask(Recipe(effective, q_offset, kv_offset, **padding), *sizes)

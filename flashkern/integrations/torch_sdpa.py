@@ -124,7 +124,7 @@ def _gradients(
     """What aten's backward operator returns, from what its forward operator kept."""
     rows, columns = query.shape[2], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shape = args.Shape(query.shape[0], query.shape[1], rows, columns)
+    shape = (query.shape[0], query.shape[1], rows, columns)
     bias = args.bias_argument("attention", attn_mask, query, shape)
     band = args.band("attention", "top_left" if is_causal else False, None, own_length=False)
     grad_out, query, key, value, out = map(

@@ -54,6 +54,8 @@ _REFUSED = {
     "head_mask": "a head mask",
 }
 
+_NOTABLE = frozenset(_REFUSED) | {"cu_seq_lens_q", "output_attentions"}
+
 
 def _refuse(kwargs: dict[str, Any], module: torch.nn.Module, mask: Tensor | None) -> None:
     for name, what in _REFUSED.items():
@@ -115,9 +117,10 @@ def attention_forward(
         NotImplementedError: the layer needs what no kernel here computes, such as a paged cache or
             sparse indices.
     """
-    _refuse(kwargs, module, attention_mask)
-    batch = max(query.shape[0], key.shape[0])
+    if not _NOTABLE.isdisjoint(kwargs):
+        _refuse(kwargs, module, attention_mask)
     if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
+        batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     out = attend(

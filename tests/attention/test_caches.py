@@ -66,6 +66,31 @@ def test_merge_is_the_whole(isa: str) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_merge_where_every_part_is_empty(dtype: torch.dtype) -> None:
+    """Rows without a key anywhere have zero gradients, and leave those of the others alone."""
+    query, key, value = (torch.randn(1, 2, 6, 16).to(dtype).requires_grad_() for _ in range(3))
+    seen = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    seen[:, :, 2:4] = False
+    whole = fk.attention(query, key, value, bias=seen, return_lse=True)
+    parts = [
+        fk.attention(query, key[:, :, c], value[:, :, c], bias=seen[..., c], return_lse=True)
+        for c in (slice(0, 3), slice(3, 6))
+    ]
+    merged = fk.merge_attention(*zip(*parts, strict=True))
+    assert merged[0].dtype == dtype and merged[1].dtype == whole[1].dtype
+    assert (merged[0][:, :, 2:4] == 0).all() and (merged[1][:, :, 2:4] == -torch.inf).all()
+    direction = torch.randn_like(whole[0]), torch.randn_like(whole[1])
+    leaves = (query, key, value)
+    mine = torch.autograd.grad(merged, (*leaves, parts[0][1]), direction)
+    theirs = torch.autograd.grad(whole, leaves, direction)
+    assert all(grad.isfinite().all() for grad in mine)
+    assert (mine[0][:, :, 2:4] == 0).all()
+    close = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(merged, whole, rtol=close, atol=close)
+    torch.testing.assert_close(mine[:3], theirs, rtol=close, atol=close)
+
+
 def test_lengths_outside_the_cache_are_refused() -> None:
     query, cache = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 16, 32)
     with pytest.raises(RuntimeError):

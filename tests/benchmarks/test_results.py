@@ -2,15 +2,18 @@
 
 import csv
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks import compare, page, plots, results, table
+from benchmarks import compare, markdown, page, plots, results, table
 from benchmarks.__main__ import main
 from benchmarks.sampler import FLASHKERN
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     ("attention", "S128", 2): {FLASHKERN: 0.010, "torch sdpa": 0.020, "torch eager": 0.050},
     ("attention", "S256", 2): {FLASHKERN: 0.010, "torch sdpa": 0.0101, "torch eager": 0.020},
@@ -111,3 +114,27 @@ def test_compare_from_a_shell(result_file, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "compare", str(a), "/nowhere.json"])
     assert main() == 2
     assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_readme_gets_the_tables(result_file, tmp_path):
+    path = result_file("a.json", CASES)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
+    text = markdown.markdown(results.load(path), "a.json")
+    markdown.replace(readme, text)
+    whole = readme.read_text()
+    assert whole.startswith("before\n") and whole.endswith("after\n") and "old" not in whole
+    assert "| MiniLM | 100 ms | 150 ms torch sdpa | 1.50x | similarity 0.5 = torch's |" in whole
+    assert whole.count("\n| attention ") == 3 and "(a.json)" in whole
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold"):
+        markdown.replace(readme, text)
+
+
+def test_readme_shows_the_committed_results():
+    """README's tables are those of the file that it names."""
+    whole = (ROOT / "README.md").read_text()
+    shown = whole.split(markdown.BEGIN)[1].split(markdown.END)[0].strip()
+    source = re.search(r"From \[(\S+)\]", shown)
+    assert source is not None
+    assert shown == markdown.markdown(results.load(ROOT / source[1]), source[1])

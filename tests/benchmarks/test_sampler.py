@@ -46,12 +46,18 @@ def test_every_contender_gets_its_own_time():
 
 def test_contenders_alternate():
     clock = FakeClock()
-    contenders = [clock.contender(name, 0.001) for name in "abc"]
+    contenders = [clock.contender(name, 0.1) for name in "abc"]
     sample(contenders, clock, budget=1e9, least=6)
     rounds = ["".join(clock.calls[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({names[0] for names in rounds}) == 3  # nobody always runs first
     assert len(set(rounds)) == 6  # nobody always runs behind the same neighbour
+
+
+def test_a_short_call_is_measured_behind_itself():
+    clock = FakeClock()
+    sample([clock.contender(name, 0.01) for name in "ab"], clock, budget=0.0, least=3)
+    assert clock.calls == list("ab" + "bbaa" + "aabb")
 
 
 def test_a_slow_contender_is_measured_less_often():

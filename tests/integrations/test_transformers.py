@@ -35,15 +35,21 @@ def enabled() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every call of flashkern.attention, in order."""
+    """The operator and the keyword arguments of every call of flashkern's attention, in order."""
     seen: list[dict[str, Any]] = []
-    real = flashkern.attention
 
-    def spy(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        seen.append({"keys": key.shape[2], **options})
-        return real(query, key, value, **options)
+    def spy_on(name: str) -> None:
+        real = getattr(flashkern, name)
 
-    monkeypatch.setattr(flashkern, "attention", spy)
+        def spy(query: Any, key: Any, *rest: Any, **options: Any) -> Any:
+            given = {"causal": False, "window": None, "bias": None, "kv_lengths": None, **options}
+            seen.append({"operator": name, "keys": key.shape[-2], **given})
+            return real(query, key, *rest, **options)
+
+        monkeypatch.setattr(flashkern, name, spy)
+
+    spy_on("attention")
+    spy_on("attention_varlen")
     return seen
 
 
@@ -142,16 +148,18 @@ def test_dropout_follows_the_seed_of_torch(name: str, calls: list[dict[str, Any]
 
 def test_causal_masks_reach_the_kernel_as_arguments(calls: list[dict[str, Any]]) -> None:
     _, llama = pair("llama")
-    for padding, lengths, bias in (
-        ("none", None, None),
-        ("right", [13, 9, 4], None),
-        ("left", None, (3, 1, 1, 13)),
+    for padding, operator, lengths, bias in (
+        ("none", "attention", None, None),
+        ("right", "attention", [13, 9, 4], None),
+        ("left", "attention_varlen", None, None),
+        ("holes", "attention", None, (3, 1, 1, 13)),
     ):
         calls.clear()
         with torch.no_grad():
             llama(**inputs("decoder", padding)[0])
         call = calls[0]
-        assert call["causal"] == "bottom_right"
+        assert call["operator"] == operator
+        assert call["causal"] == (True if operator == "attention_varlen" else "bottom_right")
         got = call["kv_lengths"]
         assert got is None if lengths is None else got.tolist() == lengths
         assert call["bias"] is None if bias is None else call["bias"].shape == bias

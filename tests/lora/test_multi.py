@@ -17,8 +17,10 @@ def make(rows: int, adapters: int, dtype: torch.dtype = torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rows,adapters", [(0, 2), (1, 1), (9, 3), (350, 2), (64, 40)])
-def test_against_the_definition(isa: str, rows: int, adapters: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows,adapters", [(0, 2), (1, 1), (9, 3), (17, 2), (350, 2), (64, 40)])
+def test_against_the_definition(
+    isa: str, base: str, rows: int, adapters: int, dtype: torch.dtype
+) -> None:
     x, weight, a, b, ids = make(rows, adapters, dtype)
     if dtype == torch.float64:
         a, b = a.double(), b.double()
@@ -41,7 +43,7 @@ def test_against_the_definition(isa: str, rows: int, adapters: int, dtype: torch
         assert (got.double() - want).norm() <= 8 * eps * want.norm() + 1e-12
 
 
-def test_is_the_single_operator_where_all_rows_agree() -> None:
+def test_is_the_single_operator_where_all_rows_agree(base: str) -> None:
     x, weight, a, b, _ = make(130, 3)
     for n in range(3):
         one = fk.lora_linear(x, weight, a[n], b[n], scaling=0.3)
@@ -49,12 +51,13 @@ def test_is_the_single_operator_where_all_rows_agree() -> None:
         assert torch.equal(fk.lora_linear_multi(x, weight, a, b, ids, scaling=0.3), one)
 
 
-def test_rows_without_an_adapter_are_the_base_product() -> None:
-    x, weight, a, b, ids = make(40, 2)
+@pytest.mark.parametrize("rows", [7, 40])
+def test_rows_without_an_adapter_are_the_base_product(base: str, rows: int) -> None:
+    x, weight, a, b, ids = make(rows, 2)
     y = fk.lora_linear_multi(x, weight, a, b, ids)
-    base = torch.nn.functional.linear(x, weight)
-    assert torch.equal(y[ids == -1], base[ids == -1])
-    assert not torch.equal(y[ids == 0], base[ids == 0])
+    plain = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(y[ids == -1], plain[ids == -1])
+    assert (y[ids == 0] - plain[ids == 0]).norm() > 0.01 * plain[ids == 0].norm()
 
 
 def test_an_unused_adapter_gets_a_zero_gradient() -> None:
@@ -75,7 +78,7 @@ def test_ids_in_the_shape_of_the_leading_dimensions() -> None:
     assert torch.equal(deep.view(24, 50), flat) and torch.equal(mixed, deep)
     per_sequence = torch.tensor([2, -1]).view(2, 1).expand(2, 12)
     y = fk.lora_linear_multi(x.view(2, 12, 70), weight, a, b, per_sequence)
-    assert torch.equal(y[0], fk.lora_linear(x[:12], weight, a[2], b[2]))
+    torch.testing.assert_close(y[0], fk.lora_linear(x[:12], weight, a[2], b[2]))
 
 
 def test_same_bits_at_any_number_of_threads(threads: None) -> None:

@@ -7,6 +7,8 @@
 #include <memory>
 #include <new>
 
+#include "guard.h"
+
 namespace flashkern::FK_ISA::attention {
 
 inline constexpr int64_t kAlignment = 64;  // bytes: a cache line, the widest vector
@@ -28,7 +30,9 @@ inline Floats allocate_floats(int64_t count) {
 // Hands out aligned pieces of one buffer. Kernels keep one in a thread_local variable.
 class Scratch {
  public:
+  // What was taken before is no longer there; `floats` is the sum of what will be taken.
   void reset(int64_t floats) {
+    floats = padded_floats(floats) + kMostPieces * kGuardFloats;
     if (size_ < floats) {
       size_ = 0;
       buffer_.reset();
@@ -36,14 +40,18 @@ class Scratch {
       size_ = floats;
     }
     next_ = buffer_.get();
+    forbid(next_, size_);
   }
   float* take(int64_t floats) {
     float* piece = next_;
-    next_ += padded_floats(floats);
+    permit(piece, floats);
+    next_ += padded_floats(floats) + kGuardFloats;
     return piece;
   }
 
  private:
+  static constexpr int64_t kMostPieces = 16;
+
   Floats buffer_;
   int64_t size_ = 0;
   float* next_ = nullptr;

@@ -1,5 +1,6 @@
-// LoRA linear, forward and backward: everything but the base product, one pass over the rows each
-// way.
+// LoRA linear, forward and backward. The base product x W^T (dy W) is torch's BLAS's, that of
+// product.h or, for a few rows, that of few.h: lora/plan.h decides. Everything else is one pass
+// over the rows each way; behind product.h even y += h B^T and dx += dh A are part of that product.
 //
 // A task is one segment of rows (lora/plan.h), walked in blocks of at most 96 rows; the wide sides
 // are walked in tiles of 256 columns:
@@ -26,6 +27,9 @@
 // Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685).
 #include <memory>
 
+#include "guard.h"
+#include "lora/cpu/few.h"
+#include "lora/cpu/product.h"
 #include "lora/cpu/tiles.h"
 #include "lora/params.h"
 #include "lora/plan.h"
@@ -47,16 +51,24 @@ struct Scratch {
   float* part;  // of h or dh, from one tile of columns
 
   static int64_t floats(int64_t rows, int64_t rank) {
-    return 3 * rows * kCols + kCols * rank + 3 * rows * rank + 6 * kWordRun;
+    return 3 * rows * kCols + kCols * rank + 3 * rows * rank + 7 * kGuardFloats;
   }
   Scratch(float* base, int64_t rows, int64_t rank)
-      : tile(base),
-        product(tile + rows * kCols),
-        mask(reinterpret_cast<uint32_t*>(product + rows * kCols)),
-        panel(product + 2 * rows * kCols),
-        h(panel + kCols * rank),
-        dh(h + rows * rank),
-        part(dh + rows * rank) {}
+      : tile(take(base, rows * kCols)),
+        product(take(base, rows * kCols)),
+        mask(reinterpret_cast<uint32_t*>(take(base, rows * kCols))),
+        panel(take(base, kCols * rank)),
+        h(take(base, rows * rank)),
+        dh(take(base, rows * rank)),
+        part(take(base, rows * rank)) {}
+
+ private:
+  static float* take(float*& next, int64_t floats) {
+    float* piece = next;
+    next += floats + kGuardFloats;
+    forbid(piece + floats, kGuardFloats);
+    return piece;
+  }
 };
 
 struct Workspace {
@@ -111,10 +123,15 @@ void scale_rows(float* x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) x[i] *= scale;
 }
 
-void copy_h(const Rows& rows, int64_t rank, float* block, float* h, bool out) {
+// Rows of h or dh from the whole to a block, and back.
+void gather_low(const Rows& rows, int64_t rank, const float* whole, float* block) {
   for (int64_t i = 0; i < rows.count; ++i) {
-    float* row = h + rows[i] * rank;
-    std::memcpy(out ? row : block + i * rank, out ? block + i * rank : row, rank * sizeof(float));
+    std::memcpy(block + i * rank, whole + rows[i] * rank, rank * sizeof(float));
+  }
+}
+void scatter_low(const Rows& rows, int64_t rank, const float* block, float* whole) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::memcpy(whole + rows[i] * rank, block + i * rank, rank * sizeof(float));
   }
 }
 
@@ -156,7 +173,7 @@ void backward_out(const LoraBackward& p, int64_t adapter, const Rows& rows, cons
                   float* db, bool first) {
   const int64_t rank = p.adapters.rank;
   const Matrix dy{p.dtype, p.dy, p.dy_row}, b{p.adapters.dtype, p.adapters.b, rank};
-  copy_h(rows, rank, s.h, static_cast<float*>(const_cast<void*>(p.h)), false);
+  gather_low(rows, rank, static_cast<const float*>(p.h), s.h);
   std::memset(s.dh, 0, rows.count * rank * sizeof(float));
   for (int64_t col = 0; col < p.out; col += kCols) {
     const int64_t cols = std::min(kCols, p.out - col);
@@ -193,8 +210,9 @@ void add_to_dx(const LoraBackward& p, int64_t adapter, const Rows& rows, int64_t
   });
 }
 
+// This block's part of dA and, where `dx`, of dx.
 void backward_in(const LoraBackward& p, int64_t adapter, const Rows& rows, const Scratch& s,
-                 float* da, bool first) {
+                 float* da, bool dx, bool first) {
   const int64_t rank = p.adapters.rank;
   const Matrix x{p.dtype, p.x, p.x_row};
   for (int64_t col = 0; col < p.in; col += kCols) {
@@ -205,7 +223,7 @@ void backward_in(const LoraBackward& p, int64_t adapter, const Rows& rows, const
       const GemmOperands part{s.dh, 1, rank, tile.data, tile.row, da + col, p.in};
       first ? gemm<false>(rank, cols, rows.count, part) : gemm<true>(rank, cols, rows.count, part);
     }
-    if (p.dx != nullptr) add_to_dx(p, adapter, rows, col, cols, s);
+    if (dx) add_to_dx(p, adapter, rows, col, cols, s);
   }
 }
 
@@ -267,26 +285,58 @@ void add_parts(const Parts& parts, int64_t adapters, const Threads& threads) {
 
 void lora_forward(const LoraForward& p, const Threads& threads) {
   const LoraAdapters& ad = p.adapters;
+  const bool alone = ad.ids == nullptr;
+  if (p.base == LoraBase::kFew && alone) return few_rows_forward(p, threads);
+
+  const LinearSum product{{{{p.dtype, p.x, p.x_row}, {p.dtype, p.weight, p.in}, p.in},
+                           {{DType::kFloat32, p.h, ad.rank}, {ad.dtype, ad.b, ad.rank}, ad.rank}},
+                          alone ? 2 : 1,
+                          true,
+                          p.rows,
+                          p.out,
+                          p.bias,
+                          p.dtype,
+                          p.y};
+  const bool joint = p.base == LoraBase::kTiles && alone;
+  if (p.base == LoraBase::kFew) few_rows_base(p, threads);
+  if (p.base == LoraBase::kTiles && !alone) run_product(product, threads);
+
   const LoraPlan plan = lora_plan(p.rows, ad.count, ad.ids);
   const Workspace workspace(plan, ad.rank, threads);
-  if (ad.ids != nullptr) std::memset(p.h, 0, p.rows * ad.rank * sizeof(float));
+  if (!alone) std::memset(p.h, 0, p.rows * ad.rank * sizeof(float));
   threads.run(static_cast<int64_t>(plan.segments.size()), [&](int64_t task, int thread) {
     const LoraSegment& segment = plan.segments[task];
     const Scratch s = workspace.of(thread);
     for (int64_t i = segment.begin; i < segment.end; i += kLoraBlockRows) {
       const Rows rows = block_rows(plan, i, segment.end);
       shrink(p, segment.adapter, rows, s);
-      copy_h(rows, ad.rank, s.h, static_cast<float*>(p.h), true);
-      expand(p, segment.adapter, rows, s);
+      scatter_low(rows, ad.rank, s.h, static_cast<float*>(p.h));
+      if (!joint) expand(p, segment.adapter, rows, s);
     }
   });
+  if (joint) run_product(product, threads);
 }
 
 void lora_backward(const LoraBackward& p, const Threads& threads) {
   const LoraAdapters& ad = p.adapters;
+  const bool own = p.base == LoraBase::kTiles && p.dx != nullptr;
+  const bool joint = own && ad.ids == nullptr && p.dropout.threshold == 0;
+  const std::unique_ptr<float[]> dh(new float[joint ? p.rows * ad.rank : 1]);
+  const LinearSum product{{{{p.dtype, p.dy, p.dy_row}, {p.dtype, p.weight, p.in}, p.out},
+                           {{DType::kFloat32, dh.get(), ad.rank}, {ad.dtype, ad.a, p.in}, ad.rank}},
+                          joint ? 2 : 1,
+                          false,
+                          p.rows,
+                          p.in,
+                          nullptr,
+                          p.dtype,
+                          p.dx};
+  if (own && !joint) run_product(product, threads);
+
   const LoraPlan plan = lora_plan(p.rows, ad.count, ad.ids);
   const Workspace workspace(plan, ad.rank, threads);
   const Parts da(p.da, ad.rank * p.in, ad.dtype, plan), db(p.db, ad.rank * p.out, ad.dtype, plan);
+  const bool add_dx = p.dx != nullptr && !joint;
   threads.run(static_cast<int64_t>(plan.segments.size()), [&](int64_t task, int thread) {
     const LoraSegment& segment = plan.segments[task];
     const Scratch s = workspace.of(thread);
@@ -294,11 +344,13 @@ void lora_backward(const LoraBackward& p, const Threads& threads) {
       const Rows rows = block_rows(plan, i, segment.end);
       const bool first = i == segment.begin;
       backward_out(p, segment.adapter, rows, s, db.of(task), first);
-      if (p.da || p.dx) backward_in(p, segment.adapter, rows, s, da.of(task), first);
+      if (joint) scatter_low(rows, ad.rank, s.dh, dh.get());
+      if (p.da || add_dx) backward_in(p, segment.adapter, rows, s, da.of(task), add_dx, first);
     }
   });
   add_parts(da, ad.count, threads);
   add_parts(db, ad.count, threads);
+  if (joint) run_product(product, threads);
 }
 
 }  // namespace flashkern::FK_ISA

@@ -1,0 +1,47 @@
+"""How a call reaches an operator: the shortest way that records what must be recorded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import has_torch_function
+
+_any_requires_grad = torch._C._any_requires_grad
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def register_autograd(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> Callable[..., Any]:
+    """Registers an operator's gradient with torch; returns the function to call the operator by.
+
+    torch runs a registered gradient in Python, on every call, between two passes through its
+    dispatcher: more than a small kernel costs. The function returned leaves that to calls under
+    torch.compile, torch.func or ``__torch_function__``. Any other call records the same node by
+    itself, or none where no argument requires a gradient. It takes arguments by place, all of them.
+    """
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context)
+    run = op._op  # what op's own __call__ calls
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with _below_autograd():
+            result = run(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, result)
+        return result
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
+
+    def call(*arguments: Any) -> Any:
+        if _is_compiling() or _functorch_active():
+            return op(*arguments)
+        if _is_grad_enabled() and _any_requires_grad(*arguments):
+            return op(*arguments) if has_torch_function(arguments) else node.apply(*arguments)
+        with _below_autograd():
+            return run(*arguments)
+
+    return call
