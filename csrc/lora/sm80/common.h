@@ -1,0 +1,115 @@
+// What the LoRA kernels share: operands, rows in the order of adapters, tiles of shared memory,
+// and float32 as a sum of bfloat16 pieces.
+#pragma once
+
+#include "dropout.h"
+#include "lora/params.h"
+#include "ptx/convert.h"
+#include "ptx/copy.h"
+#include "ptx/core.h"
+#include "ptx/matrix.h"
+#include "ptx/mma.h"
+
+namespace flashkern::sm80 {
+
+// Rows sorted by adapter, rows without one first: adapter n has positions starts[n] to
+// starts[n + 1]. Null pointers: every row has adapter 0 and lies at its own position.
+struct RowOrder {
+  const int* order = nullptr;
+  const int* starts = nullptr;
+  const int64_t* ids = nullptr;
+
+  FK_DEVICE int64_t row(int64_t position) const {
+    return order != nullptr ? order[position] : position;
+  }
+  FK_DEVICE int adapter(int64_t position) const {
+    return ids != nullptr ? static_cast<int>(ids[order[position]]) : 0;
+  }
+  FK_DEVICE bool empty(int adapter) const {
+    return ids != nullptr && starts[adapter] == starts[adapter + 1];
+  }
+};
+
+// A thin matrix, float32 or the kernel's own dtype: element (i, k) of adapter n, k being what is
+// summed over. One of the steps is 1.
+struct Factor {
+  const void* data;
+  bool wide;  // float32
+  int64_t i_step, k_step, adapter_step;
+
+  FK_DEVICE int64_t offset(int adapter, int64_t i, int64_t k) const {
+    return adapter * adapter_step + i * i_step + k * k_step;
+  }
+  template <class T>
+  FK_DEVICE float load(int64_t offset) const {
+    if (wide) return static_cast<const float*>(data)[offset];
+    return ptx::to_float(static_cast<const T*>(data)[offset]);
+  }
+  template <class T>
+  FK_DEVICE float at(int adapter, int64_t i, int64_t k) const {
+    return load<T>(offset(adapter, i, k));
+  }
+};
+
+struct Keep {
+  uint64_t seed = 0;
+  bool all = true;      // no dropout
+  uint32_t below = 0;  // a word up to here drops its element
+
+  Keep() = default;
+  explicit Keep(const LoraDropout& d)
+      : seed(d.seed), all(d.threshold == 0), below(static_cast<uint32_t>(d.threshold - 1)) {}
+
+  // The words of columns [4 quad, 4 quad + 4) of a row.
+  FK_DEVICE Philox4 words(int64_t row, int64_t quad) const {
+    return philox(seed, static_cast<uint32_t>(quad), static_cast<uint32_t>(row), 0, 0);
+  }
+};
+
+// ---- tiles: rows of 16-byte chunks, swizzled so that 8 rows at one chunk meet 8 groups of banks
+
+template <class T>
+inline constexpr int kChunk = 16 / sizeof(T);  // elements
+
+// Where a chunk lies, in elements. Rows of 64 bytes turn in pairs.
+template <class T, int kColumns>
+FK_DEVICE int tile_offset(int row, int chunk) {
+  constexpr int kChunks = kColumns / kChunk<T>;
+  static_assert(kChunks == 4 || kChunks % 8 == 0);
+  const int turn = kChunks == 4 ? row / 2 % 4 : row % 8;
+  return row * kColumns + (chunk ^ turn) * kChunk<T>;
+}
+
+// `count` elements and zeros up to a chunk. Not aligned: element by element, without cp.async.
+template <class T>
+FK_DEVICE void copy_chunk(T* to, const T* from, int count, bool aligned) {
+  if (aligned) {
+    ptx::copy_async<16>(to, from, count * static_cast<int>(sizeof(T)));
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) to[e] = e < count ? from[e] : T{};
+}
+
+FK_DEVICE int clamp_count(int64_t left, int most) {
+  return static_cast<int>(left < 0 ? 0 : left < most ? left : most);
+}
+
+// ---- float32 as bfloat16 pieces ----
+
+// x without its leading 8 bits, exactly; 0 for infinities.
+FK_DEVICE float rest(float x, float lead) { return x == lead ? 0.0f : x - lead; }
+
+// Cuts a pair into kPieces pairs of bfloat16, the leading bits first. Three hold float32 exactly,
+// two hold float16, one holds bfloat16.
+template <int kPieces>
+FK_DEVICE void cut_pair(float2 v, uint32_t (&pieces)[kPieces]) {
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const uint32_t x = __float_as_uint(v.x) & 0xffff0000u, y = __float_as_uint(v.y) & 0xffff0000u;
+    pieces[i] = x >> 16 | y;
+    v = {rest(v.x, __uint_as_float(x)), rest(v.y, __uint_as_float(y))};
+  }
+}
+
+}  // namespace flashkern::sm80

@@ -1,0 +1,38 @@
+// The LoRA launchers for ctypes: a workspace of exactly the plan's size, full of NaN, around each.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "lora/sm80/launch.h"
+
+namespace {
+
+using namespace flashkern;
+
+thread_local std::string message;
+
+template <class Params, class Launch>
+const char* run(const Params& p, int64_t bytes, Launch&& launch) {
+  void* workspace = std::aligned_alloc(256, sm80::padded_bytes(bytes + 1));
+  std::memset(workspace, 0xff, bytes);
+  message.clear();
+  try {
+    launch(p, workspace, nullptr);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  std::free(workspace);
+  return message.c_str();
+}
+
+}  // namespace
+
+#define FK_EXPORT extern "C" __attribute__((visibility("default")))
+
+FK_EXPORT const char* fk_lora_forward(const LoraForward* p) {
+  return run(*p, sm80::forward_workspace(*p), sm80::lora_forward);
+}
+
+FK_EXPORT const char* fk_lora_backward(const LoraBackward* p) {
+  return run(*p, sm80::backward_workspace(*p), sm80::lora_backward);
+}
