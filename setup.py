@@ -26,12 +26,8 @@ class CMakeBuild(build_ext):
         target = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "flashkern"
         build = Path(self.build_temp).resolve() / "cmake"
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
-        for name in (
-            "FLASHKERN_ISAS",
-            "FLASHKERN_CUDA",
-            "FLASHKERN_CUDA_ARCHS",
-            "FLASHKERN_SANITIZE",
-        ):
+        for what in ("ISAS", "CUDA", "CUDA_ARCHS", "SANITIZE"):
+            name = f"FLASHKERN_{what}"
             if os.environ.get(name):
                 options.append(f"-D{name}={os.environ[name]}")
         print(f"flashkern: building the operators with {jobs()} jobs", file=sys.stderr)

@@ -220,12 +220,18 @@ void run_group() {
   Thread* first = runnable_lane(ready_warp());
   take_turn(first);
   switch_fiber(machine.caller, first->fiber);
-  if (group.error) {
+  machine.self = nullptr;
+  const std::string race = race::take_report();
+  if (group.error || !race.empty()) {
     for (auto& block : group.blocks) {
       for (Thread& thread : block->threads) forget(thread);
     }
     group.pending.clear();
-    std::rethrow_exception(std::exchange(group.error, nullptr));
+    group.mbarrier_waits.clear();
+    group.register_waits.clear();
+    const std::exception_ptr error = std::exchange(group.error, nullptr);
+    if (!race.empty()) throw Error(race);
+    std::rethrow_exception(error);
   }
   if (!group.pending.empty()) {
     const Site site = group.pending.front().site;

@@ -169,7 +169,7 @@ void load_tile(void* shared, const Tensor& tensor, const int32_t* at, int rank, 
   const auto land = [=, destinations = std::move(destinations), where = std::move(where)] {
     for (const Destination& to : destinations) {
       read_tile(tensor, where.data(), to.shared);
-      race::landed(to.shared, bytes);
+      race::landed(to.shared, bytes, false);
       mbarrier_complete_bytes(to.barrier, bytes, site);
     }
   };
