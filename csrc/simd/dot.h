@@ -15,6 +15,12 @@ inline Vec4 quarter(VecF x, int i) {
   return part;
 }
 
+// a0 + a1, a2 + a3, b0 + b1, b2 + b3. (GCC 11 has __builtin_shuffle only.)
+inline Vec4 sum_neighbours(Vec4 a, Vec4 b) {
+  using Lanes = int32_t __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Lanes{0, 2, 4, 6}) + __builtin_shuffle(a, b, Lanes{1, 3, 5, 7});
+}
+
 // The sums of four vectors, side by side.
 inline Vec4 sum_lanes(VecF a, VecF b, VecF c, VecF d) {
   Vec4 x[4] = {quarter(a, 0), quarter(b, 0), quarter(c, 0), quarter(d, 0)};
@@ -24,11 +30,8 @@ inline Vec4 sum_lanes(VecF a, VecF b, VecF c, VecF d) {
     x[2] += quarter(c, i);
     x[3] += quarter(d, i);
   }
-  const Vec4 ab = __builtin_shufflevector(x[0], x[1], 0, 2, 4, 6) +
-                  __builtin_shufflevector(x[0], x[1], 1, 3, 5, 7);
-  const Vec4 cd = __builtin_shufflevector(x[2], x[3], 0, 2, 4, 6) +
-                  __builtin_shufflevector(x[2], x[3], 1, 3, 5, 7);
-  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+  const Vec4 ab = sum_neighbours(x[0], x[1]), cd = sum_neighbours(x[2], x[3]);
+  return sum_neighbours(ab, cd);
 }
 
 // Columns that kRows rows meet at once: 8 to 24 accumulators, whole groups of four, enough to keep

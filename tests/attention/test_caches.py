@@ -72,6 +72,13 @@ def test_append_of_values_wider_than_keys(backend: str) -> None:
     assert torch.equal(caches[1][1, :, 17:], v[1])
 
 
+def test_window_wider_than_any_sequence(backend: str) -> None:
+    query, key, value = (torch.randn(1, 2, rows, 16) for rows in (9, 5, 5))
+    want = fk.attention(query, key, value)
+    for window in ((2**63 - 1, None), (None, 2**63 - 1), (2**63 - 1, 2**63 - 1)):
+        assert torch.equal(want, fk.attention(query, key, value, window=window))
+
+
 @pytest.mark.kernels("attention_forward", "attention_backward")
 def test_merge_is_the_whole(backend: str) -> None:
     query, key, value = (torch.randn(2, 4, 33, 64, requires_grad=True) for _ in range(3))

@@ -51,3 +51,7 @@ def test_a_record_says_where_it_was_made():
 def test_labels_are_unique(name):
     labels = [label(case) for case in PROFILES[name].cases]
     assert len(set(labels)) == len(labels)
+
+
+def test_a_peak_is_found_however_short_the_time():
+    assert _host.fma_peak(threads=1, seconds=0.0) > 0

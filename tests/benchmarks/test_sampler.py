@@ -96,6 +96,7 @@ def test_replay_shows_recorded_durations():
 
 
 def test_pytest_benchmark_computes_the_replayed_median(tmp_path):
+    pytest.importorskip("pytest_benchmark")
     samples = [0.3, 0.1, 0.2, 0.9, 0.15]
     (tmp_path / "test_replay.py").write_text(f"""
 import pytest
