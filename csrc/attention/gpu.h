@@ -10,6 +10,8 @@ namespace flashkern::gpu {
 int64_t attention_workspace(const attention::ForwardParams& params);
 
 void attention_forward(const attention::ForwardParams& params, GpuStream stream);
+// params.grad_bias is (batch, heads, rows, keys), none of them broadcast.
+void attention_backward(const attention::BackwardParams& params, GpuStream stream);
 void attention_append(const attention::AppendParams& params, GpuStream stream);
 
 }  // namespace flashkern::gpu

@@ -11,19 +11,22 @@ constexpr int kWarps = 4;
 
 template <class Unit>
 FK_DEVICE void copy_row(char* to, const char* from, int64_t bytes) {
-  for (int64_t i = ptx::lane_id(); i < bytes / static_cast<int64_t>(sizeof(Unit)); i += 32) {
+  const int count = static_cast<int>(bytes / sizeof(Unit));
+  for (int i = ptx::lane_id(); i < count; i += 32) {
     reinterpret_cast<Unit*>(to)[i] = reinterpret_cast<const Unit*>(from)[i];
   }
 }
 
 FK_DEVICE void append_row(const AppendParams& p, const Matrix& source, const Output& cache,
-                          int64_t bytes, int64_t batch, int64_t head, int64_t t) {
-  const int64_t token = p.cache_lengths[batch] + t;
+                          int64_t bytes, unsigned batch, unsigned head, unsigned t) {
+  const int64_t token = int64_t{p.cache_lengths[batch]} + t;
   if (token < 0 || token >= p.capacity) return;
-  int64_t at = batch, slot = token;
+  int64_t at = batch;
+  auto slot = static_cast<unsigned>(token);
   if (p.page_table != nullptr) {
-    at = p.page_table[batch * p.page_table_row + token / p.page_size];
-    slot = token % p.page_size;
+    const auto page_size = static_cast<unsigned>(p.page_size);
+    at = p.page_table[batch * p.page_table_row + slot / page_size];
+    slot %= page_size;
   }
   const auto* from = static_cast<const char*>(source.data) +
                      p.element_bytes * (batch * source.batch + head * source.head + t * source.row);
@@ -41,9 +44,9 @@ FK_DEVICE void append_row(const AppendParams& p, const Matrix& source, const Out
 }
 
 __global__ void __launch_bounds__(32 * kWarps) append(const AppendParams p) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + ptx::warp_id();
-  const int64_t t = row % p.rows, head = row / p.rows % p.kv_heads;
-  const int64_t batch = row / p.rows / p.kv_heads;
+  const unsigned row = blockIdx.x * kWarps + ptx::warp_id();
+  const auto rows = static_cast<unsigned>(p.rows), heads = static_cast<unsigned>(p.kv_heads);
+  const unsigned t = row % rows, head = row / rows % heads, batch = row / rows / heads;
   if (batch >= p.batch) return;
   append_row(p, p.new_key, p.key_cache, p.key_bytes, batch, head, t);
   append_row(p, p.new_value, p.value_cache, p.value_bytes, batch, head, t);

@@ -93,7 +93,7 @@ class Block {
   FK_DEVICE void run() {
     const int begin = w_.key_begin / kKeys * kKeys, end = w_.key_end;
     if (begin < end) {
-      const QueryRows<T> queries(p_, s_, w_.kv_head);
+      const QueryRows<T> queries(p_, p_.query, s_, w_.kv_head);
       copy_tile(shared_.queries, queries, w_.row_begin, w_.row_end, dim(), aligned_);
       copy_keys(begin, 0);
       copy_values(begin, 0);
@@ -187,14 +187,6 @@ __global__ void __launch_bounds__(32 * kWarps)
   Block<T, kDim, kWarps> block(p, s, w, aligned);
   block.run();
   block.write(plan);
-}
-
-// Whether every row starts at a multiple of 16 bytes.
-inline bool rows_aligned(const Matrix& m, int64_t element) {
-  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
-          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
-             16 ==
-         0;
 }
 
 template <class T, int kDim>

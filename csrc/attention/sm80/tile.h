@@ -60,11 +60,11 @@ struct QueryRows {
   int64_t head, row;
   int group;
 
-  FK_DEVICE QueryRows(const Problem& p, const Sequence& s, int kv_head)
-      : data(static_cast<const T*>(p.query.data) + s.batch * p.query.batch +
-             s.q_start * p.query.row + kv_head * p.group() * p.query.head),
-        head(p.query.head),
-        row(p.query.row),
+  FK_DEVICE QueryRows(const Problem& p, const Matrix& m, const Sequence& s, int kv_head)
+      : data(static_cast<const T*>(m.data) + s.batch * m.batch + s.q_start * m.row +
+             kv_head * p.group() * m.head),
+        head(m.head),
+        row(m.row),
         group(static_cast<int>(p.group())) {}
 
   FK_DEVICE const T* operator()(int r) const { return data + r % group * head + r / group * row; }
@@ -93,6 +93,14 @@ FK_DEVICE void copy_tile(Tile<T, kRows, kDim>& tile, const Rows& rows, int first
       copy_slowly(to, from, there ? Shape::kChunkElements : 0);
     }
   }
+}
+
+// Whether every row starts at a multiple of 16 bytes.
+inline bool rows_aligned(const Matrix& m, int64_t element) {
+  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
+          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
+             16 ==
+         0;
 }
 
 }  // namespace flashkern::attention::sm80
