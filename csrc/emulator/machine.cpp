@@ -209,7 +209,7 @@ void start_group() {
   group.ready.assign((group.warps.size() + 63) / 64, 0);
   for (Warp* warp : group.warps) wake(warp, warp->present);
   machine.idle_rounds = 0;
-  race::start_group(number);
+  race::start_group();
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ namespace flashkern::emulator::race {
 
 inline bool active = false;  // some source was compiled with the hooks
 
-void start_group(size_t threads);
+void start_group();
 
 // A barrier hands on what its arrivals brought when it completes, not before.
 void barrier_reached(const void* key);
@@ -36,8 +36,11 @@ struct Access {
 
 void read(const void* p, size_t bytes, const Access& access);
 void write(const void* p, size_t bytes, const Access& access);
-// By a tensor core or a TMA store: what is read must have been handed over by fence.proxy.async.
+// By TMA: what is read must have been handed over by fence.proxy.async.
 void read_async(const void* p, size_t bytes, const Access& access);
+// By a warp's wgmma number `time`, likewise; and when the warp has waited for it.
+void read_wgmma(const void* p, size_t bytes, const Access& access, const Warp& warp, uint32_t time);
+void wgmma_done(const Warp& warp, uint32_t time);
 // From now until landed(), whoever touches these bytes is wrong.
 void in_flight(const void* p, size_t bytes, const Access& access);
 void landed(const void* p, size_t bytes, bool by_running_thread);

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kConsumers + 32)
   }
   __syncthreads();
   if (threadIdx.x >= kConsumers) return produce(shared, a, b, row0, column0, steps);
-  float sums[kTile / 2] = {};
+  float sums[kTile / 2];  // the first product overwrites it
   consume(shared, sums, steps);
   const int lane = threadIdx.x % 32, row = row0 + threadIdx.x / 32 * 16 + lane / 4;
   for (int i = 0; i < kTile / 2; ++i) {

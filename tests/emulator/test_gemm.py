@@ -92,7 +92,6 @@ FAULTS = [
                 ("round % 2 ^ 1", "round % 2"),
                 ("2 * kTileBytes)", "kTileBytes)"),
                 ("ptx::Swizzle::k128, 16, 1024", "ptx::Swizzle::k128, 16, 512"),
-                ("step + k > 0", "true || k"),
                 ("step + k > 0", "k > 0"),
                 ("advance(b, 32 * k)", "advance(b, 16 * k)"),
                 ("kConsumers / 32);", "kConsumers / 32 - 1);"),
@@ -100,16 +99,13 @@ FAULTS = [
         )
     ),
 ]
-# Faults that change nothing: a zeroed accumulator is kept, the prefetch beyond the last step.
-HARMLESS = {"step + k > 0 -> true || k"}
 
 
 @pytest.mark.parametrize(
     ("source", "what", "text"), FAULTS, ids=[f"{s.stem}: {w}" for s, w, _ in FAULTS]
 )
 def test_faults_are_caught(source: Path, what: str, text: str) -> None:
-    told = caught(text, source.stem)
-    assert bool(told) != (what in HARMLESS), what
+    assert caught(text, source.stem), what
 
 
 def test_address_sanitizer_sees_the_kernel(tmp_path: Path) -> None:
