@@ -3,6 +3,7 @@
 #
 #   make bench [PROFILE=quick|full]   builds, measures, writes reports/
 #   make test                         builds, runs every test
+#   make test-emulated                the tests that run CUDA kernels on the host
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
 #   make wheel                        a wheel in dist/
@@ -15,16 +16,19 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check install
 SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
-CPP := git ls-files 'csrc/*.cpp' 'csrc/*.h'
+CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: bench test lint format sanitize wheel dev clean
+.PHONY: bench test test-emulated lint format sanitize wheel dev clean
 
 bench: $(VENV)/bench.stamp $(VENV)/built.stamp
 	$(PY) -m benchmarks run --profile $(PROFILE)
 
 test: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(PY) -m pytest tests
+
+test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
+	$(PY) -m pytest tests/emulator
 
 lint: $(VENV)/lint.stamp
 	ruff check .

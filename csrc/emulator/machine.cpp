@@ -17,7 +17,7 @@ namespace {
 void take_turn(Thread* next) {
   machine.self = next;
   next->wait.name = nullptr;
-  const uint32_t(&t)[3] = next->position, (&b)[3] = next->block->index;
+  const uint32_t (&t)[3] = next->position, (&b)[3] = next->block->index;
   threadIdx = {t[0], t[1], t[2]};
   blockIdx = {b[0], b[1], b[2]};
 }

@@ -96,14 +96,12 @@ void tell(const void* p, const char* what, uint16_t thread, uint16_t access, con
   const Block& block = *owner(p);
   detector.report = "emulator: race at shared + " +
                     std::to_string(static_cast<const char*>(p) - block.shared) + " of " +
-                    emulator::describe(block) + ":\n  " + emulator::describe(*machine.self) +
-                    ", " + describe(now) + "\n  " + what + " " + describe_thread(thread) + ", " +
+                    emulator::describe(block) + ":\n  " + emulator::describe(*machine.self) + ", " +
+                    describe(now) + "\n  " + what + " " + describe_thread(thread) + ", " +
                     describe(detector.accesses[access]);
 }
 
-bool ordered(uint32_t time, uint16_t thread) {
-  return time <= clock_of(*machine.self)[thread];
-}
+bool ordered(uint32_t time, uint16_t thread) { return time <= clock_of(*machine.self)[thread]; }
 
 bool watched(const void* p) { return active && machine.self != nullptr && owner(p) != nullptr; }
 
@@ -246,8 +244,8 @@ void read_by(const void* p, size_t bytes, const Access& access, size_t reader, u
     check_write_before(cell, at, access);
     const uint32_t fenced = clock_of(*machine.self)[detector.agents + cell.writer];
     if (!cell.asynchronous && cell.write_clock > fenced) {
-      tell(at, "reads through the async proxy, without fence_async since the write of",
-           cell.writer, cell.write_access, access);
+      tell(at, "reads through the async proxy, without fence_async since the write of", cell.writer,
+           cell.write_access, access);
     }
     record_read(cell, number, reader, time);
   });

@@ -1,9 +1,10 @@
 // The race detector. Kernels compiled with -fsanitize=thread call a hook at every load and store;
-// here the hooks are the emulator's own (libtsan's fibers cost 2 ms each, and 2 us a switch). Vector
-// clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks that run
-// together: an access to shared memory must be ordered after every conflicting one by barriers, not
-// by luck. Also reported: accesses to bytes that an asynchronous copy may still be writing, and data
-// that a tensor core or TMA reads without a fence.proxy.async since it was written.
+// here the hooks are the emulator's own (libtsan needs 2 ms to make a fiber, and 2 us to switch).
+// Vector clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks
+// that run together: an access to shared memory must be ordered after every conflicting one by
+// barriers, not by luck. Also reported: accesses to bytes that an asynchronous copy may still be
+// writing, and data that a tensor core or TMA reads without a fence.proxy.async since it was
+// written.
 //
 // Global memory and single bytes are not watched.
 #pragma once

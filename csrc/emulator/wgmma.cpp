@@ -158,8 +158,9 @@ void check_warpgroup(Warp& warp, const Argument& argument) {
   if (warp.issued == group.issued.size()) {
     group.issued.push_back(mark);
   } else if (group.issued[warp.issued] != mark) {
-    fail(describe(*machine.self) + " is at wgmma: another warp of its warpgroup issued a different "
-         "one in its place",
+    fail(describe(*machine.self) +
+             " is at wgmma: another warp of its warpgroup issued a different "
+             "one in its place",
          *argument.site);
   }
   ++warp.issued;
@@ -183,9 +184,18 @@ void issue(uint32_t, void* const* lanes) {
          *first.site);
   }
   check_warpgroup(warp, first);
-  auto product = std::make_shared<Product>(
-      Product{first.element, first.n, first.a, first.b, first.registers != nullptr, first.keep,
-              warp.product_group, static_cast<uint32_t>(warp.issued), *first.site, {}, {}, {}});
+  auto product = std::make_shared<Product>(Product{first.element,
+                                                   first.n,
+                                                   first.a,
+                                                   first.b,
+                                                   first.registers != nullptr,
+                                                   first.keep,
+                                                   warp.product_group,
+                                                   static_cast<uint32_t>(warp.issued),
+                                                   *first.site,
+                                                   {},
+                                                   {},
+                                                   {}});
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<const Argument*>(lanes[lane]);
     if (own.a.descriptor != first.a.descriptor || own.b.descriptor != first.b.descriptor ||

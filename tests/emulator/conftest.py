@@ -20,8 +20,3 @@ def primitives() -> Kernels:
 @pytest.fixture(scope="session")
 def hopper() -> Kernels:
     return Kernels(HERE / "hopper.cu")
-
-
-@pytest.fixture(scope="session", params=["plain", "race"])
-def gemm(request: pytest.FixtureRequest) -> Kernels:
-    return Kernels(HERE / "gemm.cu", request.param)

@@ -1,5 +1,6 @@
-// C = A B^T as Hopper likes it: one producer warp with TMA, one consumer warpgroup with wgmma, a ring
-// of stages between them. A (m, k), B (n, k) bfloat16, C (m, n) float32; the tails come as zeros.
+// C = A B^T as Hopper likes it: one producer warp with TMA, one consumer warpgroup with wgmma, a
+// ring of stages between them. A (m, k), B (n, k) bfloat16, C (m, n) float32; the tails come as
+// zeros.
 //
 //   block   64 x 64 of C; warp 4 loads, warps 0-3 multiply
 //   memory  3 stages x (A 64 x 64 + B 64 x 64) bf16, 128-byte swizzle = 48 KiB
@@ -82,9 +83,12 @@ __global__ void __launch_bounds__(kConsumers + 32)
 }
 
 ptx::TensorMap map_of(const void* data, int rows, int k) {
-  return ptx::make_tensor_map({DType::kBFloat16, data, 2,
+  return ptx::make_tensor_map({DType::kBFloat16,
+                               data,
+                               2,
                                {static_cast<uint64_t>(k), static_cast<uint64_t>(rows)},
-                               {0, 2 * static_cast<uint64_t>(k)}, {kDepth, kTile},
+                               {0, 2 * static_cast<uint64_t>(k)},
+                               {kDepth, kTile},
                                ptx::Swizzle::k128});
 }
 
@@ -98,8 +102,8 @@ void launch_gemm(const void* a, const void* b, float* c, int m, int n, int k) {
 }  // namespace flashkern::emulator_test
 
 extern "C" __attribute__((visibility("default"))) const char* fk_gemm(const void* a, const void* b,
-                                                                     float* c, int m, int n,
-                                                                     int k) {
+                                                                      float* c, int m, int n,
+                                                                      int k) {
   using namespace flashkern::emulator_test;
   return guarded([&] { launch_gemm(a, b, c, m, n, k); });
 }

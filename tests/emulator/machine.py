@@ -115,7 +115,7 @@ class Kernels:
 def run_sanitized(code: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process with AddressSanitizer, where the `asan` variant can load."""
     preload = [
-        subprocess.run([CXX, f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+        run([CXX, f"-print-file-name={n}"]).strip()
         for n in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     env = {

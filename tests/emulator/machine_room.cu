@@ -181,9 +181,7 @@ __global__ void arrives_twice(int*) {
   }
 }
 
-__global__ void no_init(int*) {
-  ptx::mbarrier_wait(&ptx::shared_storage<Storage>().barrier, 0);
-}
+__global__ void no_init(int*) { ptx::mbarrier_wait(&ptx::shared_storage<Storage>().barrier, 0); }
 
 __global__ void lost_phase(int*) {
   auto& shared = ptx::shared_storage<Storage>();
@@ -294,7 +292,9 @@ FK_TEST fk_case(const char* name, int* out, int cooperative) {
     for (const Case& c : kCases) {
       if (std::string(name) != c.name) continue;
       return ptx::launch(c.kernel,
-                         {.grid = c.grid, .block = c.threads, .shared_bytes = sizeof(Storage),
+                         {.grid = c.grid,
+                          .block = c.threads,
+                          .shared_bytes = sizeof(Storage),
                           .cooperative = cooperative != 0},
                          nullptr, out);
     }
@@ -312,7 +312,8 @@ FK_TEST fk_copies(int which, const int* in, int* out) {
 FK_TEST fk_launch(int threads, int bytes, int cluster) {
   return guarded([&] {
     ptx::launch(small_memory,
-                {.grid = 2, .block = static_cast<unsigned>(threads),
+                {.grid = 2,
+                 .block = static_cast<unsigned>(threads),
                  .shared_bytes = static_cast<size_t>(bytes),
                  .cluster = static_cast<unsigned>(cluster)},
                 nullptr, nullptr);

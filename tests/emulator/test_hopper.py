@@ -96,7 +96,7 @@ def k_major(row: np.ndarray, k: np.ndarray, swizzle: int, leading: int, stride: 
 
 
 def mn_major(row: np.ndarray, k: np.ndarray, swizzle: int, leading: int, stride: int) -> np.ndarray:
-    """((8, x, m), (8, k)) : ((1, 8, LBO), (x 8, SBO)); without a swizzle LBO and SBO change places."""
+    """((8, x, m), (8, k)) : ((1, 8, LBO), (x 8, SBO)); unswizzled, LBO and SBO change places."""
     span = SPANS[swizzle]
     if swizzle == 0:
         leading, stride = stride, leading

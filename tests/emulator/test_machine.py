@@ -112,8 +112,8 @@ MISUSE = {
     "two_counts": r"counts (32|64) threads, but those that arrived at .* count (64|32)",
     "arrives_twice": r"at barrier_arrive 1 arrives twice before it completes",
     "no_init": r"mbarrier_wait of an mbarrier that is not initialised",
-    "lost_phase": r"deadlock[\s\S]*threads 0-31 wait at mbarrier_wait\(parity 0\) at shared \+ 4096: "
-    r"phase 0, awaits 1 arrivals and 0 bytes \(machine_room.cu",
+    "lost_phase": r"deadlock[\s\S]*threads 0-31 wait at mbarrier_wait\(parity 0\) at shared "
+    r"\+ 4096: phase 0, awaits 1 arrivals and 0 bytes \(machine_room.cu",
     "spins_for_ever": r"deadlock[\s\S]*mbarrier_try_wait\(parity 0\)",
     "too_many_arrivals": r"2 arrivals, but the phase awaits only 1",
     "greedy": r"deadlock[\s\S]*setmaxnreg for 240 registers, 0 free",
@@ -179,8 +179,11 @@ def test_only_the_groups_waited_for_have_landed() -> None:
 
 
 def test_races_are_told() -> None:
-    with pytest.raises(EmulatorError, match=r"race at shared \+ \d+[\s\S]*machine_room.cu:\d+[\s\S]*"
-                       r"is not ordered after the (read|write) of[\s\S]*machine_room.cu:\d+"):  # fmt: skip
+    told = (
+        r"race at shared \+ \d+[\s\S]*machine_room.cu:\d+[\s\S]*"
+        r"is not ordered after the (read|write) of[\s\S]*machine_room.cu:\d+"
+    )
+    with pytest.raises(EmulatorError, match=told):
         run("no_syncwarp", 64, "race")
     data, out = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
     for which in (1, 2):

@@ -31,8 +31,7 @@ void complete_shuffle(uint32_t mask, void* const* lanes) {
 }
 
 template <class T>
-T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range,
-          const Site& site) {
+T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range, const Site& site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle takes 4 or 8 bytes");
   Shuffle<T> own{value, value, in_range ? from : static_cast<int>(lane())};
   gather(name, Collective::kMasked, mask, &own, complete_shuffle<T>, site);
@@ -103,14 +102,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, FK_SITE) {
 
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FK_SITE) {
-  const int own = static_cast<int>(flashkern::emulator::lane()), from = own - static_cast<int>(delta);
+  const int own = static_cast<int>(flashkern::emulator::lane()),
+            from = own - static_cast<int>(delta);
   return flashkern::emulator::shuffle("__shfl_up_sync", mask, value, from,
                                       from >= (own & ~(width - 1)), site);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, FK_SITE) {
-  const int own = static_cast<int>(flashkern::emulator::lane()), from = own + static_cast<int>(delta);
+  const int own = static_cast<int>(flashkern::emulator::lane()),
+            from = own + static_cast<int>(delta);
   return flashkern::emulator::shuffle("__shfl_down_sync", mask, value, from,
                                       from <= (own | (width - 1)), site);
 }
@@ -142,14 +143,14 @@ unsigned __match_any_sync(unsigned mask, T value, FK_SITE) {
   return equal;
 }
 
-#define FK_REDUCE(name, expression)                                                      \
-  template <class T>                                                                     \
-  T name(unsigned mask, T value, FK_SITE) {                                              \
-    using namespace flashkern::emulator;                                                 \
-    const auto combine = [](uint32_t lanes, const T* values) -> T {                  \
-      return fold(lanes, values, [](T a, T b) -> T { return expression; });              \
-    };                                                                                   \
-    return Reduction<T, T, decltype(combine)>::run(#name, mask, value, site);                     \
+#define FK_REDUCE(name, expression)                                           \
+  template <class T>                                                          \
+  T name(unsigned mask, T value, FK_SITE) {                                   \
+    using namespace flashkern::emulator;                                      \
+    const auto combine = [](uint32_t lanes, const T* values) -> T {           \
+      return fold(lanes, values, [](T a, T b) -> T { return expression; });   \
+    };                                                                        \
+    return Reduction<T, T, decltype(combine)>::run(#name, mask, value, site); \
   }
 FK_REDUCE(__reduce_add_sync, static_cast<T>(a + b))
 FK_REDUCE(__reduce_min_sync, b < a ? b : a)
