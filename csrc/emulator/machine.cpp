@@ -51,9 +51,11 @@ Thread* runnable_lane(Warp* warp) {
   return warp->threads[lane];
 }
 
-// Every try_wait gives up, as a GPU's does after its time limit.
+// Every try_wait gives up, as a GPU's does after its time limit. false: none does, or all have done
+// nothing else for long.
 bool time_out() {
-  if (++machine.idle_rounds > 4) return false;
+  constexpr int kRounds = 100;
+  if (++machine.idle_rounds > kRounds) return false;
   std::vector<Thread*> waiting;
   std::swap(waiting, machine.group->mbarrier_waits);
   bool any = false;
