@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kWindow = 256 << 10;  // one block's, with room for the canary
 constexpr size_t kCanaryBytes = 1024;
 constexpr unsigned char kCanary = 0xa5;
-constexpr uint32_t kBase = 1024;       // of the window, as a GPU counts
+constexpr uint32_t kBase = 1024;  // of the window, as a GPU counts
 
 // Windows lie one after another, a page without access between two.
 char* window(size_t slot) {
@@ -64,9 +64,9 @@ Block* owner(const void* p) {
 void* shared_memory(size_t bytes, size_t alignment, const Site& site) {
   const Block& block = *machine.self->block;
   if (bytes > block.shared_bytes || alignment > kBase) {
-    fail("the kernel uses " + std::to_string(bytes) + " bytes of dynamic shared memory, aligned to " +
-             std::to_string(alignment) + ", but the launch gave " +
-             std::to_string(block.shared_bytes),
+    fail("the kernel uses " + std::to_string(bytes) +
+             " bytes of dynamic shared memory, aligned to " + std::to_string(alignment) +
+             ", but the launch gave " + std::to_string(block.shared_bytes),
          site);
   }
   return block.shared;
@@ -134,22 +134,22 @@ void on_atomic(const void* p, size_t bytes, const Site& site) {
   if (race::active) race::atomic(p, bytes, {"an atomic", site});
 }
 
-void fence() { race::fence(); }
+void fence() {}
 void fence_async() { race::fence_async(); }
 
 // ---- cp.async ----
 
 namespace {
 
-void land(const Copy& copy) {
+void land(const Copy& copy, bool waited) {
   if (copy.bytes == 16) {  // nearly always
     std::memcpy(copy.shared, copy.global, 16);
-    return race::landed(copy.shared, 16);
+    return race::landed(copy.shared, 16, waited);
   }
   std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
   std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0,
               static_cast<size_t>(copy.size - copy.bytes));
-  race::landed(copy.shared, static_cast<size_t>(copy.size));
+  race::landed(copy.shared, static_cast<size_t>(copy.size), waited);
 }
 
 }  // namespace
@@ -185,7 +185,7 @@ void copy_wait(int groups_left, const Site&) {
   while (landing < self.copies.size() &&
          (groups_left < 0 ||
           self.copies[landing].group + static_cast<uint32_t>(groups_left) < self.copy_group)) {
-    land(self.copies[landing++]);
+    land(self.copies[landing++], true);
   }
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<int64_t>(landing));
   maybe_preempt();
@@ -194,10 +194,12 @@ void copy_wait(int groups_left, const Site&) {
 void copy_arrive(uint64_t* barrier, const Site& site) {
   std::vector<Copy> copies = machine.self->copies;
   race::barrier_reached(barrier);
-  add_pending([copies = std::move(copies), barrier, site] {
-    for (const Copy& copy : copies) land(copy);
-    mbarrier_land(barrier, site);
-  }, site);
+  add_pending(
+      [copies = std::move(copies), barrier, site] {
+        for (const Copy& copy : copies) land(copy, false);
+        mbarrier_land(barrier, site);
+      },
+      site);
 }
 
 }  // namespace flashkern::emulator

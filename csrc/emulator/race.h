@@ -1,9 +1,12 @@
 // The race detector. Kernels compiled with -fsanitize=thread call a hook at every load and store;
-// here the hooks are the emulator's own (libtsan's fibers cost 2 ms each and 2 us a switch). Vector
-// clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks that run
-// together: an access to shared memory must be ordered after every conflicting one by barriers, not
-// by luck. Also reported: reads of shared memory that nobody wrote, accesses to bytes that an
-// asynchronous copy has not landed, data handed to the async proxy without its fence.
+// here the hooks are the emulator's own (libtsan needs 2 ms to make a fiber, and 2 us to switch).
+// Vector clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks
+// that run together: an access to shared memory must be ordered after every conflicting one by
+// barriers, not by luck. Also reported: accesses to bytes that an asynchronous copy may still be
+// writing, and data that a tensor core or TMA reads without a fence.proxy.async since it was
+// written.
+//
+// Global memory and single bytes are not watched.
 #pragma once
 
 #include "emulator/machine.h"
@@ -12,11 +15,7 @@ namespace flashkern::emulator::race {
 
 inline bool active = false;  // some source was compiled with the hooks
 
-void start_group(size_t threads);
-
-// The running thread's past goes to `key` (release); `thread` takes what `key` holds (acquire).
-void release(const void* key);
-void acquire(const void* key, const Thread& thread);
+void start_group();
 
 // A barrier hands on what its arrivals brought when it completes, not before.
 void barrier_reached(const void* key);
@@ -25,8 +24,10 @@ void barrier_left(const void* key, const Thread& thread);
 
 void join(const Warp& warp, uint32_t lanes);  // __syncwarp
 
-void fence();        // __threadfence: what an atomic that follows hands on
 void fence_async();  // fence.proxy.async
+
+// The first race that was seen since start_group(), "" where none was.
+std::string take_report();
 
 struct Access {
   const char* name;  // of a primitive; nullptr for the kernel's own load or store
@@ -36,11 +37,14 @@ struct Access {
 
 void read(const void* p, size_t bytes, const Access& access);
 void write(const void* p, size_t bytes, const Access& access);
-// By a tensor core or a TMA store: what is read must have been handed over by fence.proxy.async.
+// By TMA: what is read must have been handed over by fence.proxy.async.
 void read_async(const void* p, size_t bytes, const Access& access);
+// By a warp's wgmma number `time`, likewise; and when the warp has waited for it.
+void read_wgmma(const void* p, size_t bytes, const Access& access, const Warp& warp, uint32_t time);
+void wgmma_done(const Warp& warp, uint32_t time);
 // From now until landed(), whoever touches these bytes is wrong.
 void in_flight(const void* p, size_t bytes, const Access& access);
-void landed(const void* p, size_t bytes);
+void landed(const void* p, size_t bytes, bool by_running_thread);
 void atomic(const void* p, size_t bytes, const Access& access);
 
 }  // namespace flashkern::emulator::race

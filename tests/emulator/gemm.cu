@@ -4,6 +4,7 @@
 //   block   64 x 64 of C, 4 warps; warp w owns rows 16 w .. 16 w + 15
 //   memory  2 stages x (A 64 x 32 + B 64 x 32) bf16 = 16 KiB, 16-byte chunks swizzled by row
 //   pipe    copy stage s + 1 | multiply stage s; tails are zero-filled by cp.async
+#include "guard.h"
 #include "ptx/copy.h"
 #include "ptx/launch.h"
 #include "ptx/matrix.h"
@@ -31,7 +32,8 @@ FK_DEVICE int offset(int row, int chunk) {
   return row * kDepth + ((chunk ^ (row / 2 % kChunks)) * 8);
 }
 
-FK_DEVICE void copy_tile(BFloat16* tile, const BFloat16* matrix, int first, int rows, int k0, int k) {
+FK_DEVICE void copy_tile(BFloat16* tile, const BFloat16* matrix, int first, int rows, int k0,
+                         int k) {
   for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks, column = k0 + 8 * chunk;
     const int left = first + row < rows ? min(8, max(0, k - column)) : 0;
@@ -95,8 +97,12 @@ void launch_gemm(const BFloat16* a, const BFloat16* b, float* c, int m, int n, i
 
 }  // namespace flashkern::emulator_test
 
-extern "C" void fk_gemm(const void* a, const void* b, float* c, int m, int n, int k) {
-  using flashkern::BFloat16;
-  flashkern::emulator_test::launch_gemm(static_cast<const BFloat16*>(a),
-                                        static_cast<const BFloat16*>(b), c, m, n, k);
+extern "C" __attribute__((visibility("default"))) const char* fk_gemm(const void* a, const void* b,
+                                                                      float* c, int m, int n,
+                                                                      int k) {
+  using namespace flashkern;
+  return emulator_test::guarded([&] {
+    emulator_test::launch_gemm(static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), c,
+                               m, n, k);
+  });
 }

@@ -31,8 +31,7 @@ void complete_shuffle(uint32_t mask, void* const* lanes) {
 }
 
 template <class T>
-T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range,
-          const Site& site) {
+T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range, const Site& site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle takes 4 or 8 bytes");
   Shuffle<T> own{value, value, in_range ? from : static_cast<int>(lane())};
   gather(name, Collective::kMasked, mask, &own, complete_shuffle<T>, site);
@@ -40,7 +39,7 @@ T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range,
 }
 
 // A collective whose result is a function of all lanes' values, the same for all of them.
-template <class T, class R, R (*combine)(uint32_t mask, const T* values)>
+template <class T, class R, class Combine>
 struct Reduction {
   T value;
   R result;
@@ -51,7 +50,7 @@ struct Reduction {
       const int i = std::countr_zero(left);
       values[i] = static_cast<Reduction*>(lanes[i])->value;
     }
-    const R result = combine(mask, values);
+    const R result = Combine{}(mask, values);
     for (uint32_t left = mask; left != 0; left &= left - 1) {
       static_cast<Reduction*>(lanes[std::countr_zero(left)])->result = result;
     }
@@ -64,11 +63,15 @@ struct Reduction {
   }
 };
 
-inline uint32_t ballot(uint32_t mask, const uint32_t* values) {
-  uint32_t votes = 0;
-  for (int i = 0; i < 32; ++i) votes |= static_cast<uint32_t>((mask >> i & 1) && values[i]) << i;
-  return votes;
-}
+struct Ballot {
+  uint32_t operator()(uint32_t mask, const uint32_t* values) const {
+    uint32_t votes = 0;
+    for (int i = 0; i < 32; ++i) {
+      votes |= static_cast<uint32_t>((mask >> i & 1) && values[i]) << i;
+    }
+    return votes;
+  }
+};
 
 template <class T, class F>
 T fold(uint32_t mask, const T* values, F combine) {
@@ -99,31 +102,33 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, FK_SITE) {
 
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FK_SITE) {
-  const int own = static_cast<int>(flashkern::emulator::lane()), from = own - static_cast<int>(delta);
+  const int own = static_cast<int>(flashkern::emulator::lane()),
+            from = own - static_cast<int>(delta);
   return flashkern::emulator::shuffle("__shfl_up_sync", mask, value, from,
                                       from >= (own & ~(width - 1)), site);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, FK_SITE) {
-  const int own = static_cast<int>(flashkern::emulator::lane()), from = own + static_cast<int>(delta);
+  const int own = static_cast<int>(flashkern::emulator::lane()),
+            from = own + static_cast<int>(delta);
   return flashkern::emulator::shuffle("__shfl_down_sync", mask, value, from,
                                       from <= (own | (width - 1)), site);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, FK_SITE) {
   using namespace flashkern::emulator;
-  return Reduction<uint32_t, uint32_t, ballot>::run("__ballot_sync", mask, predicate != 0, site);
+  return Reduction<uint32_t, uint32_t, Ballot>::run("__ballot_sync", mask, predicate != 0, site);
 }
 
 inline int __any_sync(unsigned mask, int predicate, FK_SITE) {
   using namespace flashkern::emulator;
-  return Reduction<uint32_t, uint32_t, ballot>::run("__any_sync", mask, predicate != 0, site) != 0;
+  return Reduction<uint32_t, uint32_t, Ballot>::run("__any_sync", mask, predicate != 0, site) != 0;
 }
 
 inline int __all_sync(unsigned mask, int predicate, FK_SITE) {
   using namespace flashkern::emulator;
-  return Reduction<uint32_t, uint32_t, ballot>::run("__all_sync", mask, predicate != 0, site) ==
+  return Reduction<uint32_t, uint32_t, Ballot>::run("__all_sync", mask, predicate != 0, site) ==
          mask;
 }
 
@@ -138,14 +143,14 @@ unsigned __match_any_sync(unsigned mask, T value, FK_SITE) {
   return equal;
 }
 
-#define FK_REDUCE(name, expression)                                                      \
-  template <class T>                                                                     \
-  T name(unsigned mask, T value, FK_SITE) {                                              \
-    using namespace flashkern::emulator;                                                 \
-    constexpr auto combine = [](uint32_t lanes, const T* values) -> T {                  \
-      return fold(lanes, values, [](T a, T b) -> T { return expression; });              \
-    };                                                                                   \
-    return Reduction<T, T, +combine>::run(#name, mask, value, site);                     \
+#define FK_REDUCE(name, expression)                                           \
+  template <class T>                                                          \
+  T name(unsigned mask, T value, FK_SITE) {                                   \
+    using namespace flashkern::emulator;                                      \
+    const auto combine = [](uint32_t lanes, const T* values) -> T {           \
+      return fold(lanes, values, [](T a, T b) -> T { return expression; });   \
+    };                                                                        \
+    return Reduction<T, T, decltype(combine)>::run(#name, mask, value, site); \
   }
 FK_REDUCE(__reduce_add_sync, static_cast<T>(a + b))
 FK_REDUCE(__reduce_min_sync, b < a ? b : a)
