@@ -3,7 +3,7 @@
 #
 #   make bench [PROFILE=quick|full]   builds, measures, writes reports/
 #   make test                         builds, runs every test
-#   make test-emulated                the operator tests over the CUDA kernels' sources, run without a GPU
+#   make test-emulated                the tests that run CUDA kernels on the host
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
@@ -17,7 +17,7 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check install
 SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
-CPP := git ls-files 'csrc/*.cpp' 'csrc/*.h'
+CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
 .PHONY: bench test test-emulated lint format sanitize wheel dev clean
@@ -26,7 +26,7 @@ bench: $(VENV)/bench.stamp $(VENV)/built.stamp
 	$(PY) -m benchmarks run --profile $(PROFILE)
 
 test: $(VENV)/test.stamp $(VENV)/built.stamp
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests --ignore tests/emulator
 	$(MAKE) test-emulated
 
 lint: $(VENV)/lint.stamp
@@ -91,6 +91,7 @@ test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 	@cmake --build $(EMULATED) --target flashkern_emulated
 	@cmake --install $(EMULATED) --component emulated > build.log
 	FLASHKERN_BACKEND=emulated $(PY) -m pytest $(TESTS)
+	$(PY) -m pytest tests/emulator
 
 # The package is copied beside the sanitized library. The sanitizer must be the first library in the
 # process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses

@@ -85,6 +85,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CUDA, m) {
 #endif
 #if defined(FK_EMULATED_KERNELS) || defined(FK_CUDA_KERNELS)
+  m.impl("attention_backward", TORCH_BOX(&flashkern::attention_backward));
+  m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv));
   m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward));
 }
 #endif

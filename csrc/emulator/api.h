@@ -12,7 +12,7 @@ namespace flashkern::emulator {
 
 using Site = std::source_location;  // of a primitive's call: every report names file and line
 
-// A kernel did what a GPU would punish: a deadlock, a misused barrier, an address out of bounds, ...
+// A kernel did what a GPU would punish: a deadlock, a misused barrier, an address out of bounds.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -39,9 +39,9 @@ void set_compute_capability(int major, int minor);  // 8.0 or 9.0: limits and pr
 using Complete = void (*)(uint32_t mask, void* const* lanes);
 
 enum class Collective {
-  kAligned,    // all 32 lanes, at one instruction
-  kMasked,     // the lanes of the mask, none of them gone
-  kConverge,   // __syncwarp: lanes that have returned are not waited for
+  kAligned,   // all 32 lanes, at one instruction
+  kMasked,    // the lanes of the mask, none of them gone
+  kConverge,  // __syncwarp: lanes that have returned are not waited for
 };
 
 void gather(const char* name, Collective kind, uint32_t mask, void* argument, Complete complete,
@@ -67,8 +67,8 @@ void* in_cluster(const void* shared, uint32_t rank, const Site& site);
 // setmaxnreg: a warp gives registers back, or waits for as many as it wants.
 void set_registers(int count, bool more, const Site& site);
 
-void fence();        // __threadfence and its kin
-void fence_async();  // fence.proxy.async
+void fence();                                    // __threadfence and its kin
+void fence_async();                              // fence.proxy.async
 void pause(const char* name, const Site& site);  // somebody else's turn
 
 // ---- memory ----

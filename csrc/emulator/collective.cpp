@@ -66,7 +66,6 @@ void gather(const char* name, Collective kind, uint32_t mask, void* argument, Co
   if (&open != &warp.gatherings.back()) open = warp.gatherings.back();
   warp.gatherings.pop_back();
   wake(&warp, awaited);
-  machine.idle_rounds = 0;
   maybe_preempt();
 }
 

@@ -57,21 +57,38 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& device = current_device();
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = device.processors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = device.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = device.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.processors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.major;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.minor;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 << 10;
+      break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(device.shared_bytes);
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = static_cast<int>(device.shared_bytes_per_processor);
       break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = device.threads_per_processor; break;
-    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    case cudaDevAttrL2CacheSize: *value = 50 << 20; break;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = device.threads_per_processor;
+      break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = 1024;
+      break;
+    case cudaDevAttrWarpSize:
+      *value = 32;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = 50 << 20;
+      break;
+    default:
+      return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }

@@ -8,7 +8,7 @@ namespace flashkern::emulator {
 struct Device {
   int major = 9, minor = 0;
   int processors = 4;  // few, so that persistent kernels and splits meet their edges soon
-  size_t shared_bytes = 227 << 10;               // of a block, when asked for
+  size_t shared_bytes = 227 << 10;  // of a block, when asked for
   size_t shared_bytes_per_processor = 228 << 10;
   int threads_per_processor = 2048;
 };

@@ -8,7 +8,8 @@
 
 #include "emulator/sanitizer.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FK_FIBER_UCONTEXT)
+#define FK_FIBER_X86
 // The System V ABI's callee-saved registers. `ret` finds the call site that it was suspended at,
 // which is switch_fiber's for every fiber: the branch predictor is right nearly always.
 extern "C" void fk_switch_context(void** save, void* load);
@@ -76,7 +77,7 @@ void prepare(Fiber& fiber, size_t index, void (*entry)()) {
   fiber.stack_bytes = kStackBytes - kPage;
   fiber.fake_stack = nullptr;
   unpoison(fiber.stack, fiber.stack_bytes);
-#if defined(__x86_64__)
+#ifdef FK_FIBER_X86
   // Equal depths of all stacks would share a few cache sets: start each at another line.
   const size_t colour = (index % 61) * 64;
   auto* top = reinterpret_cast<uintptr_t*>(low + kStackBytes - colour);
@@ -99,7 +100,7 @@ void prepare(Fiber& fiber, size_t index, void (*entry)()) {
 void switch_fiber(Fiber& from, Fiber& to, bool last) {
   if (from.stack == nullptr) leaving_caller();
   start_switch(last ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
-#if defined(__x86_64__)
+#ifdef FK_FIBER_X86
   fk_switch_context(&from.stack_pointer, to.stack_pointer);
 #else
   static ucontext_t own;  // of the caller that drives the fibers

@@ -11,7 +11,7 @@ struct Fiber {
   void* stack_pointer = nullptr;  // where a suspended fiber goes on (x86-64); else a ucontext_t
   char* stack = nullptr;          // lowest usable byte; nullptr for the caller's own stack
   size_t stack_bytes = 0;
-  void* fake_stack = nullptr;     // AddressSanitizer's, while suspended
+  void* fake_stack = nullptr;  // AddressSanitizer's, while suspended
 };
 
 // Makes `fiber` start at entry() when it is next switched to. Its stack comes from a pool that is

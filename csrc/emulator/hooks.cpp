@@ -17,21 +17,47 @@ void seen(const void* p, size_t bytes, bool write, const void* pc) {
 }  // namespace
 
 #define FK_HOOK __attribute__((visibility("hidden"))) void
-#define FK_HOOKS(n)                                                                               \
-  FK_HOOK __tsan_read##n(void* p) { seen(p, n, false, __builtin_return_address(0)); }             \
-  FK_HOOK __tsan_write##n(void* p) { seen(p, n, true, __builtin_return_address(0)); }             \
-  FK_HOOK __tsan_unaligned_read##n(void* p) { seen(p, n, false, __builtin_return_address(0)); }   \
-  FK_HOOK __tsan_unaligned_write##n(void* p) { seen(p, n, true, __builtin_return_address(0)); }   \
-  FK_HOOK __tsan_volatile_read##n(void* p) { seen(p, n, false, __builtin_return_address(0)); }    \
-  FK_HOOK __tsan_volatile_write##n(void* p) { seen(p, n, true, __builtin_return_address(0)); }    \
-  FK_HOOK __tsan_unaligned_volatile_read##n(void* p) {                                            \
-    seen(p, n, false, __builtin_return_address(0));                                               \
-  }                                                                                               \
-  FK_HOOK __tsan_unaligned_volatile_write##n(void* p) {                                           \
-    seen(p, n, true, __builtin_return_address(0));                                                \
+#define FK_HOOKS(n)                                                                             \
+  FK_HOOK __tsan_read##n(void* p) { seen(p, n, false, __builtin_return_address(0)); }           \
+  FK_HOOK __tsan_write##n(void* p) { seen(p, n, true, __builtin_return_address(0)); }           \
+  FK_HOOK __tsan_unaligned_read##n(void* p) { seen(p, n, false, __builtin_return_address(0)); } \
+  FK_HOOK __tsan_unaligned_write##n(void* p) { seen(p, n, true, __builtin_return_address(0)); } \
+  FK_HOOK __tsan_volatile_read##n(void* p) { seen(p, n, false, __builtin_return_address(0)); }  \
+  FK_HOOK __tsan_volatile_write##n(void* p) { seen(p, n, true, __builtin_return_address(0)); }  \
+  FK_HOOK __tsan_unaligned_volatile_read##n(void* p) {                                          \
+    seen(p, n, false, __builtin_return_address(0));                                             \
+  }                                                                                             \
+  FK_HOOK __tsan_unaligned_volatile_write##n(void* p) {                                         \
+    seen(p, n, true, __builtin_return_address(0));                                              \
+  }
+
+// Host code beside the kernels may hold C++ atomics (the guard of a static local is one).
+#define FK_ATOMIC(type, name, expression)                                              \
+  __attribute__((visibility("hidden"))) type name(volatile type* p, type value, int) { \
+    return __atomic_##expression(p, value, __ATOMIC_SEQ_CST);                          \
+  }
+#define FK_ATOMICS(bits, type)                                                                  \
+  __attribute__((visibility("hidden"))) type __tsan_atomic##bits##_load(const volatile type* p, \
+                                                                        int) {                  \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                \
+  }                                                                                             \
+  FK_HOOK __tsan_atomic##bits##_store(volatile type* p, type value, int) {                      \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                               \
+  }                                                                                             \
+  FK_ATOMIC(type, __tsan_atomic##bits##_exchange, exchange_n)                                   \
+  FK_ATOMIC(type, __tsan_atomic##bits##_fetch_add, fetch_add)                                   \
+  FK_ATOMIC(type, __tsan_atomic##bits##_fetch_sub, fetch_sub)                                   \
+  __attribute__((visibility("hidden"))) int __tsan_atomic##bits##_compare_exchange_strong(      \
+      volatile type* p, type* expected, type value, int, int) {                                 \
+    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST,             \
+                                       __ATOMIC_SEQ_CST);                                       \
   }
 
 extern "C" {
+FK_ATOMICS(8, uint8_t)
+FK_ATOMICS(16, uint16_t)
+FK_ATOMICS(32, uint32_t)
+FK_ATOMICS(64, uint64_t)
 FK_HOOKS(1)
 FK_HOOKS(2)
 FK_HOOKS(4)

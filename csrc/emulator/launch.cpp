@@ -95,7 +95,8 @@ void prepare_block(Block& block, const Shape& shape, size_t slot) {
 }
 
 // The blocks of clusters [begin, end) of `order`, together.
-void run_clusters(const Shape& shape, const std::vector<uint64_t>& order, size_t begin, size_t end) {
+void run_clusters(const Shape& shape, const std::vector<uint64_t>& order, size_t begin,
+                  size_t end) {
   Group& group = *machine.group;
   const size_t blocks = product(shape.cluster);
   group.cluster_blocks = static_cast<uint32_t>(blocks);

@@ -17,7 +17,7 @@ namespace {
 void take_turn(Thread* next) {
   machine.self = next;
   next->wait.name = nullptr;
-  const uint32_t(&t)[3] = next->position, (&b)[3] = next->block->index;
+  const uint32_t (&t)[3] = next->position, (&b)[3] = next->block->index;
   threadIdx = {t[0], t[1], t[2]};
   blockIdx = {b[0], b[1], b[2]};
 }
@@ -51,9 +51,11 @@ Thread* runnable_lane(Warp* warp) {
   return warp->threads[lane];
 }
 
-// Every try_wait gives up, as a GPU's does after its time limit.
+// Every try_wait gives up, as a GPU's does after its time limit. false: none does, or all have done
+// nothing else for long.
 bool time_out() {
-  if (++machine.idle_rounds > 4) return false;
+  constexpr int kRounds = 100;
+  if (++machine.idle_rounds > kRounds) return false;
   std::vector<Thread*> waiting;
   std::swap(waiting, machine.group->mbarrier_waits);
   bool any = false;
@@ -209,7 +211,7 @@ void start_group() {
   group.ready.assign((group.warps.size() + 63) / 64, 0);
   for (Warp* warp : group.warps) wake(warp, warp->present);
   machine.idle_rounds = 0;
-  race::start_group(number);
+  race::start_group();
 }
 
 }  // namespace

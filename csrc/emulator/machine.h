@@ -24,11 +24,11 @@ struct Warp;
 struct Wait {
   const char* name = nullptr;  // nullptr: it runs, or could
   Site site;
-  int id = -1;                         // a named barrier
-  const uint64_t* barrier = nullptr;   // an mbarrier
+  int id = -1;                        // a named barrier
+  const uint64_t* barrier = nullptr;  // an mbarrier
   uint32_t parity = 0;
-  bool timed = false;                  // mbarrier.try_wait: gives up when nothing else moves
-  int registers = 0;                   // setmaxnreg
+  bool timed = false;  // mbarrier.try_wait: gives up when nothing else moves
+  int registers = 0;   // setmaxnreg
 };
 
 struct Copy {  // one cp.async
@@ -49,13 +49,13 @@ struct Thread {
   uint32_t lane = 0, index = 0;  // in the warp, in the block
   uint32_t position[3] = {};     // threadIdx
   Wait wait;
-  bool result = false;   // of try_wait
-  int vote = 0;          // of the barrier that it waited at
+  bool result = false;              // of try_wait
+  int vote = 0;                     // of the barrier that it waited at
   bool in_cluster_barrier = false;  // arrived, not yet waited
   int cluster_phase = 0;
-  uint32_t number = 0;   // in the group, for the race detector
-  std::vector<Copy> copies;              // cp.async not waited for, oldest first
-  uint32_t copy_group = 0;               // the open one
+  uint32_t number = 0;                             // in the group, for the race detector
+  std::vector<Copy> copies;                        // cp.async not waited for, oldest first
+  uint32_t copy_group = 0;                         // the open one
   std::vector<std::shared_ptr<BulkStore>> stores;  // TMA stores, likewise
   uint32_t store_group = 0;
 };
@@ -74,8 +74,8 @@ struct Warp {
   uint32_t slot = 0;     // in the group
   uint32_t present = 0;  // lanes that exist
   uint32_t exited = 0, runnable = 0;
-  int registers = 0;     // for each thread
-  int wanted = 0;        // by setmaxnreg
+  int registers = 0;  // for each thread
+  int wanted = 0;     // by setmaxnreg
   Thread* threads[32] = {};
   void* arguments[32] = {};
   uint32_t barrier_lines[16] = {};  // where its first lane reached each barrier
@@ -138,8 +138,8 @@ struct Machine {
   Fiber caller;
   uint64_t random = 1;
   uint32_t preempt = 0, early = 0;  // chances in 2^32: leave a warp early, land a copy early
-  int idle_rounds = 0;  // timeouts of try_wait since something moved
-  int idle_spins = 0;   // pauses of a thread that is alone, likewise
+  int idle_rounds = 0;              // timeouts of try_wait since something moved
+  int idle_spins = 0;               // pauses of a thread that is alone, likewise
   void (*call)(const void*) = nullptr;
   const void* context = nullptr;
   uint32_t block_dim[3] = {};
@@ -165,8 +165,8 @@ void maybe_preempt();
 
 [[noreturn]] void fail(const std::string& message, const Site& site);
 std::string describe(const Thread& thread);  // "thread (3,0,0) of block (0,0,0)"
-std::string describe(const Block& block);   // "block (0,0,0)"
-std::string describe(const Site& site);     // "file.cu:12"
+std::string describe(const Block& block);    // "block (0,0,0)"
+std::string describe(const Site& site);      // "file.cu:12"
 std::string deadlock_report();
 
 void barrier_thread_exits(Block& block);

@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kWindow = 256 << 10;  // one block's, with room for the canary
 constexpr size_t kCanaryBytes = 1024;
 constexpr unsigned char kCanary = 0xa5;
-constexpr uint32_t kBase = 1024;       // of the window, as a GPU counts
+constexpr uint32_t kBase = 1024;  // of the window, as a GPU counts
 
 // Windows lie one after another, a page without access between two.
 char* window(size_t slot) {
@@ -64,9 +64,9 @@ Block* owner(const void* p) {
 void* shared_memory(size_t bytes, size_t alignment, const Site& site) {
   const Block& block = *machine.self->block;
   if (bytes > block.shared_bytes || alignment > kBase) {
-    fail("the kernel uses " + std::to_string(bytes) + " bytes of dynamic shared memory, aligned to " +
-             std::to_string(alignment) + ", but the launch gave " +
-             std::to_string(block.shared_bytes),
+    fail("the kernel uses " + std::to_string(bytes) +
+             " bytes of dynamic shared memory, aligned to " + std::to_string(alignment) +
+             ", but the launch gave " + std::to_string(block.shared_bytes),
          site);
   }
   return block.shared;
@@ -194,10 +194,12 @@ void copy_wait(int groups_left, const Site&) {
 void copy_arrive(uint64_t* barrier, const Site& site) {
   std::vector<Copy> copies = machine.self->copies;
   race::barrier_reached(barrier);
-  add_pending([copies = std::move(copies), barrier, site] {
-    for (const Copy& copy : copies) land(copy, false);
-    mbarrier_land(barrier, site);
-  }, site);
+  add_pending(
+      [copies = std::move(copies), barrier, site] {
+        for (const Copy& copy : copies) land(copy, false);
+        mbarrier_land(barrier, site);
+      },
+      site);
 }
 
 }  // namespace flashkern::emulator

@@ -20,9 +20,9 @@ struct Cell {
 using Clock = std::vector<uint32_t>;
 
 // A thread's clock is two vectors: what it knows the others have done, and what of that is known to
-// be visible to the async proxy.
+// be visible to the async proxy. The tensor cores of each warp count as one more thread.
 struct Detector {
-  size_t threads = 0;
+  size_t threads = 0, agents = 0;  // agents: the threads, then the warps' tensor cores
   std::vector<Clock> clocks;
   struct Handover {
     Clock arriving, complete;
@@ -87,7 +87,8 @@ std::string describe_thread(uint16_t number) {
       if (thread.number == number) return emulator::describe(thread);
     }
   }
-  return "a thread";
+  const Warp& warp = *machine.group->warps[number - detector.threads];
+  return "the warp of " + emulator::describe(*warp.threads[0]);
 }
 
 void tell(const void* p, const char* what, uint16_t thread, uint16_t access, const Access& now) {
@@ -95,14 +96,12 @@ void tell(const void* p, const char* what, uint16_t thread, uint16_t access, con
   const Block& block = *owner(p);
   detector.report = "emulator: race at shared + " +
                     std::to_string(static_cast<const char*>(p) - block.shared) + " of " +
-                    emulator::describe(block) + ":\n  " + emulator::describe(*machine.self) +
-                    ", " + describe(now) + "\n  " + what + " " + describe_thread(thread) + ", " +
+                    emulator::describe(block) + ":\n  " + emulator::describe(*machine.self) + ", " +
+                    describe(now) + "\n  " + what + " " + describe_thread(thread) + ", " +
                     describe(detector.accesses[access]);
 }
 
-bool ordered(uint32_t time, uint16_t thread) {
-  return time <= clock_of(*machine.self)[thread];
-}
+bool ordered(uint32_t time, uint16_t thread) { return time <= clock_of(*machine.self)[thread]; }
 
 bool watched(const void* p) { return active && machine.self != nullptr && owner(p) != nullptr; }
 
@@ -116,12 +115,11 @@ void for_cells(const void* p, size_t bytes, F visit) {
   for (size_t i = offset / 2; i < end; ++i) visit(cells[i], block->shared + 2 * i);
 }
 
-void record_read(Cell& cell, uint16_t access) {
-  const auto self = static_cast<uint16_t>(machine.self->number);
+void record_read(Cell& cell, uint16_t access, size_t reader, uint32_t time) {
   int slot = 1;
-  if (cell.reader[0] == self || ordered(cell.read_clock[0], cell.reader[0])) slot = 0;
-  cell.read_clock[slot] = own_time(*machine.self);
-  cell.reader[slot] = self;
+  if (cell.reader[0] == reader || ordered(cell.read_clock[0], cell.reader[0])) slot = 0;
+  cell.read_clock[slot] = time;
+  cell.reader[slot] = static_cast<uint16_t>(reader);
   cell.read_access[slot] = access;
 }
 
@@ -149,15 +147,18 @@ void record_write(Cell& cell, uint16_t access) {
 
 }  // namespace
 
-void start_group(size_t threads) {
+void start_group() {
   if (!active) return;
   const auto& blocks = machine.group->blocks;
+  size_t threads = 0;
+  for (const auto& block : blocks) threads += block->threads.size();
   detector.threads = threads;
+  detector.agents = threads + machine.group->warps.size();
   detector.report.clear();
   detector.handovers.clear();
   detector.clocks.resize(threads);
   for (size_t i = 0; i < threads; ++i) {
-    detector.clocks[i].assign(2 * threads, 0);
+    detector.clocks[i].assign(2 * detector.agents, 0);
     detector.clocks[i][i] = 1;
   }
   detector.shared.resize(blocks.size());
@@ -201,7 +202,7 @@ void join(const Warp& warp, uint32_t lanes) {
 void fence_async() {
   if (!active) return;
   Clock& clock = clock_of(*machine.self);
-  for (size_t i = 0; i < detector.threads; ++i) clock[detector.threads + i] = clock[i];
+  for (size_t i = 0; i < detector.agents; ++i) clock[detector.agents + i] = clock[i];
   ++own_time(*machine.self);
 }
 
@@ -210,7 +211,7 @@ void read(const void* p, size_t bytes, const Access& access) {
   const uint16_t number = number_of(access);
   for_cells(p, bytes, [&](Cell& cell, const void* at) {
     check_write_before(cell, at, access);
-    record_read(cell, number);
+    record_read(cell, number, machine.self->number, own_time(*machine.self));
   });
 }
 
@@ -235,18 +236,39 @@ void atomic(const void* p, size_t bytes, const Access& access) {
   });
 }
 
-void read_async(const void* p, size_t bytes, const Access& access) {
-  if (!watched(p)) return;
+namespace {
+
+void read_by(const void* p, size_t bytes, const Access& access, size_t reader, uint32_t time) {
   const uint16_t number = number_of(access);
   for_cells(p, bytes, [&](Cell& cell, const void* at) {
     check_write_before(cell, at, access);
-    const uint32_t fenced = clock_of(*machine.self)[detector.threads + cell.writer];
+    const uint32_t fenced = clock_of(*machine.self)[detector.agents + cell.writer];
     if (!cell.asynchronous && cell.write_clock > fenced) {
-      tell(at, "reads through the async proxy, without fence_async since the write of",
-           cell.writer, cell.write_access, access);
+      tell(at, "reads through the async proxy, without fence_async since the write of", cell.writer,
+           cell.write_access, access);
     }
-    record_read(cell, number);
+    record_read(cell, number, reader, time);
   });
+}
+
+}  // namespace
+
+void read_async(const void* p, size_t bytes, const Access& access) {
+  if (!watched(p)) return;
+  read_by(p, bytes, access, machine.self->number, own_time(*machine.self));
+}
+
+void read_wgmma(const void* p, size_t bytes, const Access& access, const Warp& warp,
+                uint32_t time) {
+  if (watched(p)) read_by(p, bytes, access, detector.threads + warp.slot, time);
+}
+
+void wgmma_done(const Warp& warp, uint32_t time) {
+  if (!active) return;
+  for (const Thread* thread : warp.threads) {
+    uint32_t& known = clock_of(*thread)[detector.threads + warp.slot];
+    known = std::max(known, time);
+  }
 }
 
 void in_flight(const void* p, size_t bytes, const Access& access) {

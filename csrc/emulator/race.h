@@ -1,9 +1,10 @@
 // The race detector. Kernels compiled with -fsanitize=thread call a hook at every load and store;
-// here the hooks are the emulator's own (libtsan's fibers cost 2 ms each, and 2 us a switch). Vector
-// clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks that run
-// together: an access to shared memory must be ordered after every conflicting one by barriers, not
-// by luck. Also reported: accesses to bytes that an asynchronous copy may still be writing, and data
-// that a tensor core or TMA reads without a fence.proxy.async since it was written.
+// here the hooks are the emulator's own (libtsan needs 2 ms to make a fiber, and 2 us to switch).
+// Vector clocks, as in FastTrack (Flanagan and Freund, PLDI 2009), over the threads of the blocks
+// that run together: an access to shared memory must be ordered after every conflicting one by
+// barriers, not by luck. Also reported: accesses to bytes that an asynchronous copy may still be
+// writing, and data that a tensor core or TMA reads without a fence.proxy.async since it was
+// written.
 //
 // Global memory and single bytes are not watched.
 #pragma once
@@ -14,7 +15,7 @@ namespace flashkern::emulator::race {
 
 inline bool active = false;  // some source was compiled with the hooks
 
-void start_group(size_t threads);
+void start_group();
 
 // A barrier hands on what its arrivals brought when it completes, not before.
 void barrier_reached(const void* key);
@@ -36,8 +37,11 @@ struct Access {
 
 void read(const void* p, size_t bytes, const Access& access);
 void write(const void* p, size_t bytes, const Access& access);
-// By a tensor core or a TMA store: what is read must have been handed over by fence.proxy.async.
+// By TMA: what is read must have been handed over by fence.proxy.async.
 void read_async(const void* p, size_t bytes, const Access& access);
+// By a warp's wgmma number `time`, likewise; and when the warp has waited for it.
+void read_wgmma(const void* p, size_t bytes, const Access& access, const Warp& warp, uint32_t time);
+void wgmma_done(const Warp& warp, uint32_t time);
 // From now until landed(), whoever touches these bytes is wrong.
 void in_flight(const void* p, size_t bytes, const Access& access);
 void landed(const void* p, size_t bytes, bool by_running_thread);

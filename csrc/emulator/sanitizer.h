@@ -1,5 +1,5 @@
-// What AddressSanitizer must be told: which stack runs, and which bytes nobody may touch. Empty in a
-// plain build.
+// What AddressSanitizer must be told: which stack runs, and which bytes nobody may touch. Empty in
+// a plain build.
 #pragma once
 
 #include <cstddef>

@@ -74,7 +74,7 @@ const Operands& operands(void* const* lanes, int lane) {
 
 // An operand in which rows count for the lane's g and columns for its t: A, or the transpose of B.
 // Register r holds row g + 8 (r % (rows / 8)) of column pair t + 4 (r / (rows / 8)).
-template <class T, int kRows, const uint32_t* Operands::*kRegisters>
+template <class T, int kRows, const uint32_t* Operands::* kRegisters>
 void collect(void* const* lanes, int first, float (&out)[kRows][Layout<T>::kDepth]) {
   using Raw = typename Layout<T>::Raw;
   constexpr int kPair = 4 / sizeof(Raw), kHalf = 4 * kPair, kStack = kRows / 8;

@@ -52,7 +52,8 @@ Row find_row(const Tensor& tensor, const int32_t* at, uint32_t row) {
   }
   const int64_t first = at[0];
   const int64_t begin = first < 0 ? -first : 0;
-  const int64_t end = std::min<int64_t>(tensor.box[0], static_cast<int64_t>(tensor.extent[0]) - first);
+  const int64_t end =
+      std::min<int64_t>(tensor.box[0], static_cast<int64_t>(tensor.extent[0]) - first);
   return {data + first * element_bytes(tensor.dtype), begin, std::max(begin, end)};
 }
 

@@ -18,7 +18,7 @@ struct Product {
   int n;
   Operand a, b;
   bool a_in_registers, keep;
-  uint32_t group;
+  uint32_t group, number;  // of its group; of itself, among all of its warp
   Site site;
   float* d[32];
   uint32_t registers[32][4];
@@ -158,17 +158,20 @@ void check_warpgroup(Warp& warp, const Argument& argument) {
   if (warp.issued == group.issued.size()) {
     group.issued.push_back(mark);
   } else if (group.issued[warp.issued] != mark) {
-    fail(describe(*machine.self) + " is at wgmma: another warp of its warpgroup issued a different "
-         "one in its place",
+    fail(describe(*machine.self) +
+             " is at wgmma: another warp of its warpgroup issued a different "
+             "one in its place",
          *argument.site);
   }
   ++warp.issued;
 }
 
-void announce_reads(const Product& p) {
+void announce_reads(const Product& p, const Warp& warp) {
   if (!race::active) return;
   const race::Access access{"wgmma", p.site};
-  const auto visit = [&](int, int, const uint16_t* data) { race::read_async(data, 16, access); };
+  const auto visit = [&](int, int, const uint16_t* data) {
+    race::read_wgmma(data, 16, access, warp, p.number);
+  };
   if (!p.a_in_registers) for_chunks(p.a, first_row(), 16, p.site, visit);
   for_chunks(p.b, 0, p.n, p.site, visit);
 }
@@ -181,9 +184,18 @@ void issue(uint32_t, void* const* lanes) {
          *first.site);
   }
   check_warpgroup(warp, first);
-  auto product = std::make_shared<Product>(
-      Product{first.element, first.n, first.a, first.b, first.registers != nullptr, first.keep,
-              warp.product_group, *first.site, {}, {}, {}});
+  auto product = std::make_shared<Product>(Product{first.element,
+                                                   first.n,
+                                                   first.a,
+                                                   first.b,
+                                                   first.registers != nullptr,
+                                                   first.keep,
+                                                   warp.product_group,
+                                                   static_cast<uint32_t>(warp.issued),
+                                                   *first.site,
+                                                   {},
+                                                   {},
+                                                   {}});
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<const Argument*>(lanes[lane]);
     if (own.a.descriptor != first.a.descriptor || own.b.descriptor != first.b.descriptor ||
@@ -194,7 +206,7 @@ void issue(uint32_t, void* const* lanes) {
     if (own.registers != nullptr) std::memcpy(product->registers[lane], own.registers, 16);
   }
   product->sums.resize(static_cast<size_t>(16 * first.n));
-  announce_reads(*product);
+  announce_reads(*product, warp);
   for_registers(*product, [&](float& d, size_t at) {
     if (first.keep) product->sums[at] = d;  // NaN where an earlier one is under way: see land()
     d = std::numeric_limits<float>::quiet_NaN();
@@ -208,7 +220,7 @@ void wait(uint32_t, void* const* lanes) {
   size_t done = 0;
   while (done < warp.products.size() && warp.products[done]->group + left < warp.product_group) {
     land(warp, done);
-    if (race::active) announce_reads(*warp.products[done]);
+    race::wgmma_done(warp, warp.products[done]->number);
     ++done;
   }
   warp.products.erase(warp.products.begin(), warp.products.begin() + static_cast<int64_t>(done));

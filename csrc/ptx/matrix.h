@@ -59,31 +59,31 @@ FK_DEVICE void stmatrix(void* row, const uint32_t (&s)[1]) {
 }
 
 FK_DEVICE void stmatrix(void* row, const uint32_t (&s)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(
-                   shared_address(row)),
-               "r"(s[0]), "r"(s[1])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+      "r"(s[0]), "r"(s[1])
+      : "memory");
 }
 
 FK_DEVICE void stmatrix(void* row, const uint32_t (&s)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
-               "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3])
+      : "memory");
 }
 
 FK_DEVICE void stmatrix_trans(void* row, const uint32_t (&s)[1]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(
-                   shared_address(row)),
-               "r"(s[0])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(shared_address(row)),
+      "r"(s[0])
+      : "memory");
 }
 
 FK_DEVICE void stmatrix_trans(void* row, const uint32_t (&s)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
-                   shared_address(row)),
-               "r"(s[0]), "r"(s[1])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+      "r"(s[0]), "r"(s[1])
+      : "memory");
 }
 
 FK_DEVICE void stmatrix_trans(void* row, const uint32_t (&s)[4]) {

@@ -16,13 +16,13 @@ namespace flashkern::ptx {
 template <class T>
 FK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define FK_MMA(T, shape)                                                                   \
-  template <>                                                                              \
-  FK_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {   \
-    asm volatile("mma.sync.aligned." shape                                                 \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));      \
+#define FK_MMA(T, shape)                                                                 \
+  template <>                                                                            \
+  FK_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned." shape                                               \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));    \
   }
 FK_MMA(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FK_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")

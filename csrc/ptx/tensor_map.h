@@ -17,29 +17,37 @@ struct TensorMap {
 // What make_tensor_map is told. Dimension 0 is contiguous. `box`: the tile that one copy moves.
 struct TensorShape {
   DType dtype;
-  const void* data;     // 16-byte aligned
-  int rank;             // 2 to 4
-  uint64_t extent[4];   // in elements
-  uint64_t stride[4];   // in bytes, multiples of 16; stride[0] is not used
-  uint32_t box[4];      // at most 256 each; with a swizzle, box[0] spans swizzle_span bytes
+  const void* data;    // 16-byte aligned
+  int rank;            // 2 to 4
+  uint64_t extent[4];  // in elements
+  uint64_t stride[4];  // in bytes, multiples of 16; stride[0] is not used
+  uint32_t box[4];     // at most 256 each; with a swizzle, box[0] spans swizzle_span bytes
   Swizzle swizzle;
 };
 
 inline CUtensorMapDataType tensor_map_type(DType dtype) {
   switch (dtype) {
-    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    case DType::kFloat32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    default: throw std::runtime_error("a tensor map has no float64");
+    case DType::kBFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case DType::kFloat32:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    default:
+      throw std::runtime_error("a tensor map has no float64");
   }
 }
 
 inline CUtensorMapSwizzle tensor_map_swizzle(Swizzle swizzle) {
   switch (swizzle) {
-    case Swizzle::k128: return CU_TENSOR_MAP_SWIZZLE_128B;
-    case Swizzle::k64: return CU_TENSOR_MAP_SWIZZLE_64B;
-    case Swizzle::k32: return CU_TENSOR_MAP_SWIZZLE_32B;
-    default: return CU_TENSOR_MAP_SWIZZLE_NONE;
+    case Swizzle::k128:
+      return CU_TENSOR_MAP_SWIZZLE_128B;
+    case Swizzle::k64:
+      return CU_TENSOR_MAP_SWIZZLE_64B;
+    case Swizzle::k32:
+      return CU_TENSOR_MAP_SWIZZLE_32B;
+    default:
+      return CU_TENSOR_MAP_SWIZZLE_NONE;
   }
 }
 

@@ -82,36 +82,37 @@
 #define FK_AFTER_256 "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%135"
 // clang-format on
 
-#define FK_WGMMA_HEAD(n, type, P) \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n" \
+#define FK_WGMMA_HEAD(n, type, P)       \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " P \
+  ", 0;\n"                              \
   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FK_TEXT_##n "}, "
 
 // A from shared memory: descriptors, then keep, then the two majors.
 #define FK_WGMMA_SS(n, type) FK_WGMMA_SS_(n, type, FK_AFTER_##n)
 #define FK_WGMMA_SS_(...) FK_WGMMA_SS__(__VA_ARGS__)
-#define FK_WGMMA_SS__(n, type, A, B, P, TA, TB, x, y, z)                                \
-  asm volatile(FK_WGMMA_HEAD(n, type, P) A ", " B ", p, 1, 1, " TA ", " TB ";\n}"       \
-               : FK_OUT_##n                                                             \
+#define FK_WGMMA_SS__(n, type, A, B, P, TA, TB, x, y, z)                                 \
+  asm volatile(FK_WGMMA_HEAD(n, type, P) A ", " B ", p, 1, 1, " TA ", " TB ";\n}"        \
+               : FK_OUT_##n                                                              \
                : "l"(a), "l"(b), "r"(static_cast<int>(keep)), "n"(static_cast<int>(kA)), \
                  "n"(static_cast<int>(kB)))
 
 // A from registers.
 #define FK_WGMMA_RS(n, type) FK_WGMMA_RS_(n, type, FK_AFTER_##n)
 #define FK_WGMMA_RS_(...) FK_WGMMA_RS__(__VA_ARGS__)
-#define FK_WGMMA_RS__(n, type, A0, A1, A2, A3, B, P, TB, z)                                   \
-  asm volatile(FK_WGMMA_HEAD(n, type, P) "{" A0 ", " A1 ", " A2 ", " A3 "}, " B               \
-                                         ", p, 1, 1, " TB ";\n}"                              \
-               : FK_OUT_##n                                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
-                 "r"(static_cast<int>(keep)), "n"(static_cast<int>(kB)))
+#define FK_WGMMA_RS__(n, type, A0, A1, A2, A3, B, P, TB, z)                                       \
+  asm volatile(FK_WGMMA_HEAD(n, type, P) "{" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, " TB  \
+                                         ";\n}"                                                   \
+               : FK_OUT_##n                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)), \
+                 "n"(static_cast<int>(kB)))
 
-#define FK_WGMMA_SHAPE(n, WGMMA)                                          \
-  if constexpr (R == n / 2) {                                             \
-    if constexpr (std::is_same_v<T, BFloat16>) {                          \
-      WGMMA(n, "bf16");                                                   \
-    } else {                                                              \
-      WGMMA(n, "f16");                                                    \
-    }                                                                     \
+#define FK_WGMMA_SHAPE(n, WGMMA)                 \
+  if constexpr (R == n / 2) {                    \
+    if constexpr (std::is_same_v<T, BFloat16>) { \
+      WGMMA(n, "bf16");                          \
+    } else {                                     \
+      WGMMA(n, "f16");                           \
+    }                                            \
   }
 
 // clang-format off

@@ -14,8 +14,8 @@ using attention::Problem;
 
 // What Python has checked is not checked again; this is what would otherwise read foreign memory.
 void check_matrix(const char* name, const Tensor& t, const Tensor& query) {
-  STD_TORCH_CHECK(t.is_cpu() == query.is_cpu() && t.is_cuda() == query.is_cuda(), "attention: ",
-                  name, " must be on query's device");
+  STD_TORCH_CHECK(t.is_cpu() == query.is_cpu() && t.is_cuda() == query.is_cuda(),
+                  "attention: ", name, " must be on query's device");
   STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "attention: ", name,
                   " must have the dtype of query");
   STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, "attention: ", name, " must be 3-D or 4-D");
@@ -134,13 +134,38 @@ Tensor new_output(const Tensor& query, int64_t rows, int64_t dim) {
   return empty_strided<4>({batch, heads, rows, dim}, {rows * row, dim, row, 1}, dtype);
 }
 
-void launch(const attention::ForwardParams& p, const Tensor& query) {
+void launch_on_gpu(attention::ForwardParams& p, const Tensor& query) {
+  STD_TORCH_CHECK(p.dtype != DType::kFloat64,
+                  "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
+  if constexpr (kGpuKernels) {
+    const GpuScope scope(query);
+    const int64_t floats = gpu::attention_workspace(p) / static_cast<int64_t>(sizeof(float));
+    Tensor workspace = torch::stable::new_empty(query, {floats}, ScalarType::Float);
+    p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    gpu::attention_forward(p, scope.stream());
+  }
+}
+
+void launch(attention::ForwardParams& p, const Tensor& query) {
   const bool wide = p.dtype == DType::kFloat64;
   if (on_gpu(query)) {
-    STD_TORCH_CHECK(!wide, "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
-    if constexpr (kGpuKernels) gpu::attention_forward(p, GpuScope(query).stream());
+    launch_on_gpu(p, query);
   } else if constexpr (kCpuKernels) {
     wide ? attention_forward_float64(p, torch_threads()) : attention_forward(p, torch_threads());
+  }
+}
+
+void check_append(const attention::AppendParams& p, int64_t pages) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int32_t length = p.cache_lengths[b];
+    STD_TORCH_CHECK(length >= 0 && length + p.rows <= p.capacity,
+                    "attention: cache_lengths must leave room for ", p.rows, " of ", p.capacity,
+                    " tokens, got ", length);
+    for (int64_t t = 0; p.page_table != nullptr && t < p.rows; ++t) {
+      const int32_t page = p.page_table[b * p.page_table_row + (length + t) / p.page_size];
+      STD_TORCH_CHECK(page >= 0 && page < pages, "attention: page_table must hold pages from 0 to ",
+                      pages - 1, ", got ", page);
+    }
   }
 }
 
@@ -225,8 +250,8 @@ std::tuple<Tensor, Tensor> attention_forward(
   return {output, lse};
 }
 
-void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
-                             Tensor cache_lengths, OptionalTensor page_table) {
+void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,
+                         OptionalTensor page_table) {
   check_matrix("k_cache", k_cache, k);
   check_matrix("v_cache", v_cache, k);
   check_matrix("k", k, k);
@@ -250,20 +275,13 @@ void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
     p.page_table_row = page_table->stride(0);
     capacity *= page_table->size(1);
   }
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int32_t length = p.cache_lengths[b];
-    STD_TORCH_CHECK(length >= 0 && length + p.rows <= capacity,
-                    "attention: cache_lengths must leave room for ", p.rows, " of ", capacity,
-                    " tokens, got ", length);
-    for (int64_t t = 0; p.page_table != nullptr && t < p.rows; ++t) {
-      const int32_t page = p.page_table[b * p.page_table_row + (length + t) / p.page_size];
-      STD_TORCH_CHECK(page >= 0 && page < k_cache.size(0),
-                      "attention: page_table must hold pages from 0 to ", k_cache.size(0) - 1,
-                      ", got ", page);
-    }
-  }
-  if constexpr (kCpuKernels) {
-    if (p.rows > 0) attention_append(p, torch_threads());
+  p.capacity = capacity;
+  if (host_readable(k)) check_append(p, k_cache.size(0));
+  if (p.rows == 0) return;
+  if (on_gpu(k)) {
+    if constexpr (kGpuKernels) gpu::attention_append(p, GpuScope(k).stream());
+  } else if constexpr (kCpuKernels) {
+    attention_append(p, torch_threads());
   }
 }
 

@@ -1,8 +1,11 @@
 #include "torch/attention_backward.h"
 
 #include "attention/cpu/backward.h"
+#include "attention/gpu.h"
 #include "torch/device.h"
 #include "torch/threads.h"
+
+#include <vector>
 
 namespace flashkern {
 namespace {
@@ -27,8 +30,30 @@ attention::BiasGradient bias_gradient_of(const Tensor& t) {
   return {t.mutable_data_ptr(), stride(0), stride(1), stride(2), stride(3)};
 }
 
-void launch(const BackwardParams& p) {
-  if constexpr (kCpuKernels) {
+// On a GPU each element of the bias has a gradient of its own; broadcast ones are summed after.
+Tensor new_bias_gradient(const BackwardParams& p, const Tensor& bias, ScalarType type) {
+  if (!on_gpu(bias)) return torch::stable::new_zeros(bias, bias.sizes(), type);
+  const int64_t whole[4] = {p.batch, p.heads, p.seq_q, p.seq_k};
+  std::vector<int64_t> sizes(4);
+  for (int d = 0; d < 4; ++d) sizes[d] = std::max(whole[d], bias.size(d));
+  return torch::stable::new_zeros(bias, sizes, type);
+}
+
+Tensor sum_bias_gradient(Tensor gradient, const Tensor& bias) {
+  std::vector<int64_t> dims;
+  for (int64_t d = 0; d < 4; ++d) {
+    if (gradient.size(d) != bias.size(d)) dims.push_back(d);
+  }
+  if (!dims.empty()) gradient = torch::stable::sum(gradient, dims, true);
+  return torch::stable::to(gradient, bias.scalar_type());
+}
+
+void launch(const BackwardParams& p, const Tensor& query) {
+  if (on_gpu(query)) {
+    STD_TORCH_CHECK(p.dtype != DType::kFloat64,
+                    "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
+    if constexpr (kGpuKernels) gpu::attention_backward(p, GpuScope(query).stream());
+  } else if constexpr (kCpuKernels) {
     const bool wide = p.dtype == DType::kFloat64;
     wide ? attention_backward_float64(p, torch_threads()) : attention_backward(p, torch_threads());
   }
@@ -50,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   fill_problem(p, {query, key, value, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q,
                    cu_seqlens_k, no_pages, seed, max_seqlen_q, max_seqlen_k, alignment, window_left,
                    window_right, scale, softcap, dropout_p});
-  if (p.cu_seqlens_q != nullptr) {
+  if (p.cu_seqlens_q != nullptr && !on_gpu(query)) {
     p.seq_q = longest(p.cu_seqlens_q, p.batch);
     p.seq_k = longest(p.cu_seqlens_k, p.batch);
   }
@@ -70,8 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor delta = new_empty(lse, lse.sizes());
   p.delta = row_values_of(delta);
 
-  Tensor query_sums = new_zeros(query, query.sizes(), sums);
-  Tensor grad_query = narrow ? new_empty(query, query.sizes()) : query_sums;
+  // The GPU kernel sums in registers, and writes what it has summed.
+  const bool apart = narrow && !on_gpu(query);
+  Tensor query_sums = new_zeros(query, query.sizes(), apart ? sums : query.scalar_type());
+  Tensor grad_query = apart ? new_empty(query, query.sizes()) : query_sums;
   Tensor grad_key = new_zeros(key, key.sizes());
   Tensor grad_value = new_zeros(value, value.sizes());
   p.grad_query = output_of(grad_query);
@@ -82,14 +109,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   Tensor grad_bias = new_zeros(query, {0});
   if (bias_needs_grad) {
-    grad_bias = new_zeros(*bias, bias->sizes(), sums);
+    grad_bias = new_bias_gradient(p, *bias, sums);
     p.grad_bias = bias_gradient_of(grad_bias);
   }
   Tensor grad_sinks = new_zeros(query, {sinks.has_value() ? p.heads : 0}, sums);
   if (sinks.has_value()) p.grad_sinks = grad_sinks.mutable_data_ptr();
 
-  launch(p);
-  if (bias_needs_grad) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
+  launch(p, query);
+  if (bias_needs_grad) grad_bias = sum_bias_gradient(grad_bias, *bias);
   return {grad_query, grad_key, grad_value, grad_bias, grad_sinks};
 }
 

@@ -17,11 +17,6 @@ def primitives() -> Kernels:
     return Kernels(HERE / "primitives.cu")
 
 
-@pytest.fixture(scope="session")
-def hopper() -> Kernels:
-    return Kernels(HERE / "hopper.cu")
-
-
 @pytest.fixture(scope="session", params=["plain", "race"])
-def gemm(request: pytest.FixtureRequest) -> Kernels:
-    return Kernels(HERE / "gemm.cu", request.param)
+def hopper(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(HERE / "hopper.cu", request.param)

@@ -32,7 +32,8 @@ FK_DEVICE int offset(int row, int chunk) {
   return row * kDepth + ((chunk ^ (row / 2 % kChunks)) * 8);
 }
 
-FK_DEVICE void copy_tile(BFloat16* tile, const BFloat16* matrix, int first, int rows, int k0, int k) {
+FK_DEVICE void copy_tile(BFloat16* tile, const BFloat16* matrix, int first, int rows, int k0,
+                         int k) {
   for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks, column = k0 + 8 * chunk;
     const int left = first + row < rows ? min(8, max(0, k - column)) : 0;
@@ -97,8 +98,8 @@ void launch_gemm(const BFloat16* a, const BFloat16* b, float* c, int m, int n, i
 }  // namespace flashkern::emulator_test
 
 extern "C" __attribute__((visibility("default"))) const char* fk_gemm(const void* a, const void* b,
-                                                                     float* c, int m, int n,
-                                                                     int k) {
+                                                                      float* c, int m, int n,
+                                                                      int k) {
   using namespace flashkern;
   return emulator_test::guarded([&] {
     emulator_test::launch_gemm(static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), c,

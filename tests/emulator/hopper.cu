@@ -134,11 +134,17 @@ __global__ void cluster(const __grid_constant__ ptx::TensorMap map, int* ranks,
   ptx::mbarrier_wait(&shared.barrier, 0);
   ptx::cluster_sync();
   if (threadIdx.x < size) ranks[blockIdx.x * size + threadIdx.x] = seen[threadIdx.x];
-  for (int i = threadIdx.x; i < bytes; i += blockDim.x) tiles[blockIdx.x * bytes + i] = shared.tile[i];
+  for (int i = threadIdx.x; i < bytes; i += blockDim.x)
+    tiles[blockIdx.x * bytes + i] = shared.tile[i];
 }
 
 ptx::TensorMap make_map(int type, void* data, int rank, const int* shape, int swizzle) {
-  ptx::TensorShape map{type == 0 ? DType::kBFloat16 : DType::kFloat32, data, rank, {}, {}, {},
+  ptx::TensorShape map{type == 0 ? DType::kBFloat16 : DType::kFloat32,
+                       data,
+                       rank,
+                       {},
+                       {},
+                       {},
                        static_cast<ptx::Swizzle>(swizzle)};
   for (int i = 0; i < rank; ++i) {
     map.extent[i] = shape[i], map.box[i] = shape[rank + i], map.stride[i] = shape[2 * rank + i];
@@ -206,8 +212,7 @@ FK_TEST fk_wgmma_registers(const unsigned char* from, const uint32_t* a, const i
   });
 }
 
-FK_TEST fk_stmatrix(int n, int transposed, const uint32_t* s, const int* rows,
-                    unsigned char* out) {
+FK_TEST fk_stmatrix(int n, int transposed, const uint32_t* s, const int* rows, unsigned char* out) {
   return guarded([&] {
     const auto run = [&](auto kernel) {
       ptx::launch(kernel, {1, 32, sizeof(Storage)}, nullptr, s, rows, out);
@@ -222,8 +227,10 @@ FK_TEST fk_cluster(void* data, const int* shape, int* ranks, unsigned char* tile
                    int blocks, int size) {
   return guarded([&] {
     ptx::launch(cluster,
-                {.grid = static_cast<unsigned>(blocks), .block = 64,
-                 .shared_bytes = sizeof(Storage), .cluster = static_cast<unsigned>(size)},
+                {.grid = static_cast<unsigned>(blocks),
+                 .block = 64,
+                 .shared_bytes = sizeof(Storage),
+                 .cluster = static_cast<unsigned>(size)},
                 nullptr, make_map(0, data, 2, shape, 0), ranks, tiles, bytes);
   });
 }

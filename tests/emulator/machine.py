@@ -60,7 +60,7 @@ def compile_kernel(source: str, name: str, variant: str = "plain") -> Path:
         flags = [f"@{folder / variant}.flags", f"-I{HERE}", out / f"{name}.cu"]
         partial = out / f"{os.getpid()}.so"
         if variant == "race":  # the hooks are the emulator's: compile with them, link without
-            run([CXX, *flags[:1], *flags[1:], "-c", "-o", out / "kernel.o"])
+            run([CXX, *flags, "-c", "-o", out / "kernel.o"])
             run([CXX, "-shared", out / "kernel.o", *control, archive, "-o", partial])
         else:
             run([CXX, *flags, *control, archive, "-o", partial])
@@ -84,8 +84,8 @@ def control_object() -> Path:
 class Kernels:
     """The entry points of one .cu file: kernels.fk_name(array, 3, ...)."""
 
-    def __init__(self, source: str | Path, variant: str = "plain") -> None:
-        name = source.stem if isinstance(source, Path) else "kernel"
+    def __init__(self, source: str | Path, variant: str = "plain", name: str = "kernel") -> None:
+        name = source.stem if isinstance(source, Path) else name
         text = source.read_text() if isinstance(source, Path) else source
         self.library = ctypes.CDLL(str(compile_kernel(text, name, variant)))
 
@@ -115,9 +115,7 @@ class Kernels:
 def run_sanitized(code: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process with AddressSanitizer, where the `asan` variant can load."""
     preload = [
-        subprocess.run(
-            [CXX, f"-print-file-name={n}"], capture_output=True, text=True
-        ).stdout.strip()
+        run([CXX, f"-print-file-name={n}"]).strip()
         for n in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     env = {

@@ -99,8 +99,9 @@ FK_TEST fk_ldmatrix(int n, int transposed, const unsigned char* from, const int*
 // type: 0 bfloat16, 1 float16, 2 TF32.
 FK_TEST fk_mma(int type, const uint32_t* a, const uint32_t* b, float* d) {
   return guarded([&] {
-    const auto kernel = type == 0 ? multiply<BFloat16> : type == 1 ? multiply<Half>
-                                                                   : multiply<ptx::Tf32>;
+    const auto kernel = type == 0   ? multiply<BFloat16>
+                        : type == 1 ? multiply<Half>
+                                    : multiply<ptx::Tf32>;
     ptx::launch(kernel, {1, 32}, nullptr, a, b, d);
   });
 }

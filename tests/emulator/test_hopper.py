@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from machine import EmulatorError, Kernels, bfloat16, decode, encode, from_bfloat16
+from machine import HERE, EmulatorError, Kernels, bfloat16, decode, encode, from_bfloat16
 from test_layouts import LANES, G, T, fragment_a
 
 SPANS = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row that a swizzle mode turns
@@ -96,7 +96,7 @@ def k_major(row: np.ndarray, k: np.ndarray, swizzle: int, leading: int, stride: 
 
 
 def mn_major(row: np.ndarray, k: np.ndarray, swizzle: int, leading: int, stride: int) -> np.ndarray:
-    """((8, x, m), (8, k)) : ((1, 8, LBO), (x 8, SBO)); without a swizzle LBO and SBO change places."""
+    """((8, x, m), (8, k)) : ((1, 8, LBO), (x 8, SBO)); unswizzled, LBO and SBO change places."""
     span = SPANS[swizzle]
     if swizzle == 0:
         leading, stride = stride, leading
@@ -211,3 +211,18 @@ def test_cluster(hopper: Kernels, size: int) -> None:
     hopper.call("fk_cluster", x, map_shape(x, [64, 16]), ranks, tiles, bytes_, blocks, size)
     np.testing.assert_array_equal(ranks, np.tile(100 + np.arange(size), (blocks, 1)))
     np.testing.assert_array_equal(tiles, np.tile(x.view(np.uint8).ravel(), (blocks, 1)))
+
+
+def test_the_async_proxy_needs_its_fence() -> None:
+    """Ordinary stores that TMA or wgmma reads: the race detector misses fence_async."""
+    text = (HERE / "hopper.cu").read_text().replace("ptx::fence_async();", "")
+    kernels = Kernels(text, "race")
+    told = r"reads through the async proxy, without fence_async since the write of"
+    x, tile = np.zeros((16, 64), np.uint16), np.zeros(2048, np.uint8)
+    at = np.zeros(2, np.int32)
+    with pytest.raises(EmulatorError, match=told):
+        kernels.call("fk_tma_store", 0, x, 2, map_shape(x, [64, 16]), 1, at, 2048, tile, 0)
+    memory, d = np.zeros(64 << 10, np.uint8), np.zeros((128, 32), np.float32)
+    layouts = np.array([layout(0, 1, 64, 0), layout(0, 1, 64, 32768)], np.int32)
+    with pytest.raises(EmulatorError, match=told):
+        kernels.call("fk_wgmma", 0, 64, 0, memory, layouts, d)

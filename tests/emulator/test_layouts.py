@@ -1,4 +1,4 @@
-"""Lane layouts of the warp's matrix instructions, against the PTX ISA's tables restated in numpy."""
+"""Lane layouts of a warp's matrix instructions, against the PTX ISA's tables restated in numpy."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def test_ldmatrix_checks_its_addresses(primitives: Kernels) -> None:
     memory, out = np.zeros(4096, np.uint8), np.zeros((32, 4), np.uint32)
     rows = np.arange(32, dtype=np.int32) * 16
     rows[5] = 8
-    with pytest.raises(
-        EmulatorError, match=r"thread \(5,0,0\).*shared \+ 8 is not a multiple of 16"
-    ):
+    with pytest.raises(EmulatorError, match=r"\(5,0,0\).*shared \+ 8 is not a multiple of 16"):
         primitives.call("fk_ldmatrix", 4, 0, memory, rows, out)
     rows[5] = 4096 - 8
     with pytest.raises(EmulatorError, match=r"shared \+ 4088 is outside the block's 4096 bytes"):
@@ -106,9 +104,8 @@ def test_pack_and_unpack(primitives: Kernels, dtype: str) -> None:
 
 
 def test_approximations(primitives: Kernels) -> None:
-    x = np.array(
-        [0, 1, -1, 0.5, 10, -140, -np.inf, np.inf, 1e-40, 3.14159, -20.7, 1.000977], np.float32
-    )
+    edges = [0, 1, -1, 0.5, 10, -140, -np.inf, np.inf, 1e-40, 3.14159, -20.7, 1.000977]
+    x = np.array(edges, np.float32)
     exp2, log2, tf32 = (np.zeros(12, np.float32) for _ in range(3))
     primitives.call("fk_approximate", x, exp2, log2, tf32, 12)
     with np.errstate(all="ignore"):

@@ -20,11 +20,11 @@ FK_UNWATCHED T atomic_update(T* p, F&& update, const Site& site) {
 
 }  // namespace flashkern::emulator
 
-#define FK_ATOMIC(name, expression)                                                       \
-  template <class T>                                                                      \
-  FK_UNWATCHED T name(T* p, std::type_identity_t<T> value,                                \
-                      flashkern::emulator::Site site = flashkern::emulator::Site::current()) { \
-    return flashkern::emulator::atomic_update(                                            \
+#define FK_ATOMIC(name, expression)                                                              \
+  template <class T>                                                                             \
+  FK_UNWATCHED T name(T* p, std::type_identity_t<T> value,                                       \
+                      flashkern::emulator::Site site = flashkern::emulator::Site::current()) {   \
+    return flashkern::emulator::atomic_update(                                                   \
         p, [&](T old) __attribute__((no_sanitize("thread"))) -> T { return expression; }, site); \
   }
 

@@ -2,13 +2,13 @@
 #pragma once
 
 #define FK_VECTORS(T, name, align2, align4)                          \
-  struct name##1 { T x; };                                                   \
-  struct alignas(align2) name##2 { T x, y; };                                \
-  struct name##3 { T x, y, z; };                                             \
-  struct alignas(align4) name##4 { T x, y, z, w; };                          \
-  inline name##1 make_##name##1(T x) { return {x}; }                         \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                 \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }         \
+  struct name##1 { T x; };                                           \
+  struct alignas(align2) name##2 { T x, y; };                        \
+  struct name##3 { T x, y, z; };                                     \
+  struct alignas(align4) name##4 { T x, y, z, w; };                  \
+  inline name##1 make_##name##1(T x) { return {x}; }                 \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 // clang-format off

@@ -17,8 +17,7 @@ inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
 template <class Storage>
 Storage& shared_storage(Site site = Site::current()) {
-  return *static_cast<Storage*>(
-      emulator::shared_memory(sizeof(Storage), alignof(Storage), site));
+  return *static_cast<Storage*>(emulator::shared_memory(sizeof(Storage), alignof(Storage), site));
 }
 
 inline uint32_t shared_address(const void* p, Site site = Site::current()) {

@@ -19,8 +19,7 @@ inline void mbarrier_arrive(uint64_t* barrier, uint32_t count = 1, Site site = S
   emulator::mbarrier_arrive(barrier, count, site);
 }
 
-inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank,
-                                    Site site = Site::current()) {
+inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank, Site site = Site::current()) {
   auto* remote = static_cast<uint64_t*>(emulator::in_cluster(barrier, rank, site));
   emulator::mbarrier_arrive(remote, 1, site);
 }
