@@ -18,9 +18,6 @@ namespace {
 
 void check_mask(const char* name, Collective kind, uint32_t mask, const Site& site) {
   const Warp& warp = *machine.self->warp;
-  if ((mask >> machine.self->lane & 1) == 0) {
-    fail(describe(*machine.self) + " is at " + name + " with a mask that does not name it", site);
-  }
   const uint32_t gone =
       mask & (kind == Collective::kConverge ? ~warp.present : ~warp.present | warp.exited);
   if (gone != 0) {
@@ -36,6 +33,9 @@ void check_mask(const char* name, Collective kind, uint32_t mask, const Site& si
 Gathering& join(const char* name, Collective kind, uint32_t mask, Complete complete,
                 const Site& site) {
   Warp& warp = *machine.self->warp;
+  if ((mask >> machine.self->lane & 1) == 0) {
+    fail(describe(*machine.self) + " is at " + name + " with a mask that does not name it", site);
+  }
   for (Gathering& open : warp.gatherings) {
     if ((open.mask & mask) == 0) continue;
     if (open.complete != complete || open.kind != kind) {

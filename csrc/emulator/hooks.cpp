@@ -7,9 +7,8 @@ namespace {
 using flashkern::emulator::machine;
 namespace race = flashkern::emulator::race;
 
-// Single bytes are left alone: two threads may own the halves of what the detector watches as one.
 void seen(const void* p, size_t bytes, bool write, const void* pc) {
-  if (machine.self == nullptr || bytes < 2) return;
+  if (machine.self == nullptr) return;
   const race::Access access{nullptr, {}, pc};
   write ? race::write(p, bytes, access) : race::read(p, bytes, access);
 }

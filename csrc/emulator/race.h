@@ -6,7 +6,7 @@
 // writing, and data that a tensor core or TMA reads without a fence.proxy.async since it was
 // written.
 //
-// Global memory and single bytes are not watched.
+// Global memory is not watched; accesses of a single byte are recorded, not checked.
 #pragma once
 
 #include "emulator/machine.h"
