@@ -180,20 +180,14 @@ FK_DEVICE Candidate rank(const Arguments& args, Storage& shared, const Row<T>& r
 template <class T, class F, class More>
 FK_DEVICE void each_chosen(const Row<T>& row, uint32_t count, F&& f, More&& more) {
   const uint32_t warp = ptx::warp_id();
-  Chunk<T> chunk, next;
-  const auto load = [&](uint32_t i) {
-    const uint32_t c = row.chosen[i];
-    load_chunk(next, row.beam(c / row.chunks), c % row.chunks, row.vocab);
-  };
-  if (warp < count) load(warp);
   for (uint32_t i = warp; i < count && more(); i += kWarps) {
     const uint32_t c = row.chosen[i], beam = c / row.chunks;
     const int64_t start = c % row.chunks * kChunk;
     const uint32_t flat = beam * row.vocab + start;
-    const int64_t left = row.vocab - start;
+    const uint32_t left = min(kChunk, row.vocab - start);
     const Normaliser n = row.normalisers[beam];
-    chunk = next;
-    if (i + kWarps < count) load(i + kWarps);
+    Chunk<T> chunk;
+    load_chunk(chunk, row.beam(beam), c % row.chunks, row.vocab);
     each_element(chunk, [&](float x, uint32_t element) {
       if (element < left) f(candidate(ordered(score(x, n)), flat + element));
     });
