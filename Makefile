@@ -3,6 +3,7 @@
 #
 #   make bench [PROFILE=quick|full]   builds, measures, writes reports/
 #   make test                         builds, runs every test
+#   make test-emulated                the operator tests over the CUDA kernels' sources, run without a GPU
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
 #   make wheel                        a wheel in dist/
@@ -18,13 +19,14 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files 'csrc/*.cpp' 'csrc/*.h'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: bench test lint format sanitize wheel dev clean
+.PHONY: bench test test-emulated lint format sanitize wheel dev clean
 
 bench: $(VENV)/bench.stamp $(VENV)/built.stamp
 	$(PY) -m benchmarks run --profile $(PROFILE)
 
 test: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(PY) -m pytest tests
+	$(MAKE) test-emulated
 
 lint: $(VENV)/lint.stamp
 	ruff check .
@@ -77,6 +79,16 @@ dev:
 	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') > build.log 2>&1 \
 	  || (cat build.log; exit 1)
 	@cmake --build $(BUILD) && cmake --install $(BUILD) > build.log
+
+# One library in a process: the emulated tests have their own. Built beside flashkern/'s own files.
+EMULATED := build/emulated
+TESTS ?= tests/attention tests/lora tests/beam
+test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
+	@cmake -G Ninja -S . -B $(EMULATED) -DCMAKE_INSTALL_PREFIX=$(OUT) -DFLASHKERN_ISAS=portable \
+	  -DFLASHKERN_CUDA=0 $(CMAKE_ARGS) -DPython_EXECUTABLE=$(PY) > build.log || (cat build.log; exit 1)
+	@cmake --build $(EMULATED) --target flashkern_emulated
+	@cmake --install $(EMULATED) --component emulated > build.log
+	FLASHKERN_BACKEND=emulated $(PY) -m pytest $(TESTS)
 
 # The package is copied beside the sanitized library; ASan must be the first library in the process.
 SANITIZED := build/sanitized

@@ -28,9 +28,12 @@ class CMakeBuild(build_ext):
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
         if os.environ.get("FLASHKERN_ISAS"):
             options.append(f"-DFLASHKERN_ISAS={os.environ['FLASHKERN_ISAS']}")
+        for name in ("FLASHKERN_CUDA", "FLASHKERN_CUDA_ARCHS"):
+            if os.environ.get(name):
+                options.append(f"-D{name}={os.environ[name]}")
         if os.environ.get("FLASHKERN_SANITIZE"):
             options.append("-DFLASHKERN_SANITIZE=ON")
-        print(f"flashkern: building the CPU operators with {jobs()} jobs", file=sys.stderr)
+        print(f"flashkern: building the operators with {jobs()} jobs", file=sys.stderr)
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options])
         subprocess.check_call(["cmake", "--build", build, "-j", str(jobs())])
         subprocess.check_call(["cmake", "--install", build])

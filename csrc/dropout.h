@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FK_HOST_DEVICE __host__ __device__
-#else
-#define FK_HOST_DEVICE
-#endif
+#include "types.h"
 
 namespace flashkern {
 
@@ -38,7 +34,7 @@ FK_HOST_DEVICE inline Philox4 philox(uint64_t key, uint32_t c0, uint32_t c1, uin
 }
 
 // A value is kept when its random word is at least this; p = 1 keeps nothing (the word is 32 bits).
-inline uint64_t dropout_threshold(double p) {
+FK_HOST_DEVICE inline uint64_t dropout_threshold(double p) {
   return static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
 }
 

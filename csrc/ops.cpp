@@ -64,11 +64,26 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&flashkern::cpu_isa));
 }
 
+#if !defined(FK_EMULATED_KERNELS)
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward_cpu));
-  m.impl("attention_backward", TORCH_BOX(&flashkern::attention_backward_cpu));
-  m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv_cpu));
+  m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&flashkern::attention_backward));
+  m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv));
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk_cpu));
   m.impl("lora_linear", TORCH_BOX(&flashkern::lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&flashkern::lora_linear_backward));
 }
+#endif
+
+// An operator without GPU kernels is not listed: torch raises NotImplementedError. The emulated
+// library (tests only) runs the GPU kernels' sources on CPU tensors.
+#if defined(FK_EMULATED_KERNELS)
+STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
+#elif defined(FK_CUDA_KERNELS)
+STABLE_TORCH_LIBRARY_IMPL(flashkern, CUDA, m) {
+#endif
+#if defined(FK_EMULATED_KERNELS) || defined(FK_CUDA_KERNELS)
+  m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv));
+  m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward));
+}
+#endif

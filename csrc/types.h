@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#define FK_HOST_DEVICE __host__ __device__
+#else
+#define FK_HOST_DEVICE
+#endif
+
 namespace flashkern {
 
 struct BFloat16 {

@@ -1,10 +1,15 @@
 """Loads the operator library and names the CPU instruction set that its kernels use."""
 
+import os
 from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent / "libflashkern.so"
+# "emulated": the library of tests that runs the CUDA kernels' sources on a CPU, slowly.
+BACKEND = os.environ.get("FLASHKERN_BACKEND", "")
+if BACKEND not in ("", "emulated"):
+    raise ImportError(f"flashkern: FLASHKERN_BACKEND must be empty or 'emulated', got {BACKEND!r}")
+LIBRARY = Path(__file__).parent / f"libflashkern{'_' * bool(BACKEND)}{BACKEND}.so"
 
 if not LIBRARY.exists():
     raise ImportError(
@@ -14,6 +19,11 @@ if not LIBRARY.exists():
 torch.ops.load_library(str(LIBRARY))
 
 ops = torch.ops.flashkern
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether the loaded library runs the operator ``name`` on ``"cpu"`` or ``"cuda"`` tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashkern::{name}", device.upper())
 
 
 def cpu_isa(name: str = "") -> str:

@@ -18,7 +18,7 @@ struct Sequence {
   int64_t offset = 0;                  // row i meets key i + offset
 };
 
-inline Sequence sequence_of(const Problem& p, int64_t b) {
+FK_HOST_DEVICE inline Sequence sequence_of(const Problem& p, int64_t b) {
   Sequence s{b, 0, 0, p.seq_q, p.seq_k, 0};
   if (p.cu_seqlens_q != nullptr) {
     s.q_start = p.cu_seqlens_q[b];
@@ -40,8 +40,8 @@ inline Sequence sequence_of(const Problem& p, int64_t b) {
 struct Interval {
   int64_t begin = 0, end = 0;  // empty where end <= begin
 
-  bool empty() const { return end <= begin; }
-  int64_t size() const { return empty() ? 0 : end - begin; }
+  FK_HOST_DEVICE bool empty() const { return end <= begin; }
+  FK_HOST_DEVICE int64_t size() const { return empty() ? 0 : end - begin; }
 };
 
 // The mask of one sequence. Both ends of keys(i) grow with i, so the first and the last row of a
@@ -49,31 +49,31 @@ struct Interval {
 struct Band {
   int64_t q_length, k_length, offset, left, right;  // left, right: -1 for unbounded
 
-  Band(const Problem& p, const Sequence& s)
+  FK_HOST_DEVICE Band(const Problem& p, const Sequence& s)
       : q_length(s.q_length),
         k_length(s.k_length),
         offset(s.offset),
         left(p.window_left),
         right(p.window_right) {}
 
-  int64_t first_key(int64_t row) const {
+  FK_HOST_DEVICE int64_t first_key(int64_t row) const {
     return left < 0 ? 0 : std::clamp<int64_t>(row + offset - left, 0, k_length);
   }
-  int64_t end_key(int64_t row) const {
+  FK_HOST_DEVICE int64_t end_key(int64_t row) const {
     return right < 0 ? k_length : std::clamp<int64_t>(row + offset + right + 1, 0, k_length);
   }
 
-  Interval keys(int64_t row) const { return {first_key(row), end_key(row)}; }
+  FK_HOST_DEVICE Interval keys(int64_t row) const { return {first_key(row), end_key(row)}; }
   // Keys that some row of [begin, end) sees, and keys that every one of them sees.
-  Interval some_keys(int64_t begin, int64_t end) const {
+  FK_HOST_DEVICE Interval some_keys(int64_t begin, int64_t end) const {
     return {first_key(begin), end_key(end - 1)};
   }
-  Interval all_keys(int64_t begin, int64_t end) const {
+  FK_HOST_DEVICE Interval all_keys(int64_t begin, int64_t end) const {
     return {first_key(end - 1), end_key(begin)};
   }
 
   // Rows that see some key of [begin, end).
-  Interval rows(int64_t begin, int64_t end) const {
+  FK_HOST_DEVICE Interval rows(int64_t begin, int64_t end) const {
     end = std::min(end, k_length);
     Interval r{0, q_length};
     if (end <= begin) return {0, 0};

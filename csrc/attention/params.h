@@ -67,12 +67,13 @@ struct Problem {
   double dropout_p = 0;
   uint64_t seed = 0;
 
-  int64_t group() const { return heads / kv_heads; }
+  FK_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };
 
 struct ForwardParams : Problem {
   Output output;
   RowValues lse;
+  float* workspace = nullptr;  // of a GPU kernel that splits the keys: gpu::attention_workspace
 };
 
 // The gradient of a bias that wants one: contiguous, float32 (float64 beside float64 inputs), zeros
@@ -103,6 +104,7 @@ struct AppendParams {
   const int32_t* cache_lengths = nullptr;
   const int32_t* page_table = nullptr;
   int64_t page_table_row = 0, page_size = 0;
+  int64_t capacity = 0;  // tokens that a sequence has room for
 };
 
 }  // namespace flashkern::attention

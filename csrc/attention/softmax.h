@@ -9,6 +9,8 @@
 #include <cmath>
 #include <limits>
 
+#include "types.h"
+
 namespace flashkern::attention {
 
 inline constexpr double kLog2e = 1.4426950408889634;
@@ -20,20 +22,22 @@ struct RowState {
   Real sum = 0;
 
   // Attends to nothing so far: no accumulator of the row means anything. (All NaN is not nothing.)
-  bool blind() const { return maximum == -std::numeric_limits<Real>::infinity() && sum == 0; }
+  FK_HOST_DEVICE bool blind() const {
+    return maximum == -std::numeric_limits<Real>::infinity() && sum == 0;
+  }
 };
 
 // The reference point of the exponentials. A row that has seen nothing but -inf keeps its maximum
 // of -inf and takes its exponentials from 0: each is 0, and none is NaN.
 template <class Real>
-inline Real exponent_base(Real maximum) {
+FK_HOST_DEVICE inline Real exponent_base(Real maximum) {
   return maximum == -std::numeric_limits<Real>::infinity() ? Real(0) : maximum;
 }
 
 // Adds one logit that has no value (a sink): it takes part in the sum alone. Returns the factor for
 // whatever the row has accumulated so far.
 template <class Real>
-inline Real add_sink(RowState<Real>& row, Real sink_log2) {
+FK_HOST_DEVICE inline Real add_sink(RowState<Real>& row, Real sink_log2) {
   const Real maximum = row.maximum < sink_log2 ? sink_log2 : row.maximum;
   const Real base = exponent_base(maximum);
   const Real factor = std::exp2(row.maximum - base);
@@ -44,13 +48,13 @@ inline Real add_sink(RowState<Real>& row, Real sink_log2) {
 
 // log(sum of exp) in natural units; -inf for a row that may attend to nothing.
 template <class Real>
-inline Real log_sum_exp(const RowState<Real>& row) {
+FK_HOST_DEVICE inline Real log_sum_exp(const RowState<Real>& row) {
   return exponent_base(row.maximum) * Real(kLn2) + std::log(row.sum);
 }
 
 // What turns the accumulated row into the output. A sum of 0 gives 0; a NaN stays.
 template <class Real>
-inline Real inverse_sum(Real sum) {
+FK_HOST_DEVICE inline Real inverse_sum(Real sum) {
   return sum == 0 ? Real(0) : Real(1) / sum;
 }
 

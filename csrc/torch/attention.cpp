@@ -1,6 +1,8 @@
 #include "torch/attention.h"
 
 #include "attention/cpu/forward.h"
+#include "attention/gpu.h"
+#include "torch/device.h"
 #include "torch/threads.h"
 
 namespace flashkern {
@@ -12,7 +14,8 @@ using attention::Problem;
 
 // What Python has checked is not checked again; this is what would otherwise read foreign memory.
 void check_matrix(const char* name, const Tensor& t, const Tensor& query) {
-  STD_TORCH_CHECK(t.is_cpu(), "attention: ", name, " must be a CPU tensor");
+  STD_TORCH_CHECK(t.is_cpu() == query.is_cpu() && t.is_cuda() == query.is_cuda(),
+                  "attention: ", name, " must be on query's device");
   STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "attention: ", name,
                   " must have the dtype of query");
   STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, "attention: ", name, " must be 3-D or 4-D");
@@ -77,7 +80,9 @@ void set_alibi(Problem& p, const OptionalTensor& slopes) {
   p.alibi_batch = slopes->dim() == 2 ? broadcast_stride(*slopes, 0) : 0;
 }
 
+// On a GPU nobody looks: that would wait for the stream, and no graph could capture the call.
 void check_cu_seqlens(const char* name, const Tensor& t, int64_t batch, int64_t rows) {
+  if (!host_readable(t)) return;
   const auto* cu = static_cast<const int32_t*>(t.const_data_ptr());
   bool good = t.size(0) == batch + 1 && cu[0] >= 0 && cu[batch] <= rows;
   for (int64_t b = 0; good && b < batch; ++b) good = cu[b] <= cu[b + 1];
@@ -113,6 +118,7 @@ void set_paged(Problem& p, const AttentionArguments& a) {
   p.page_table_row = a.page_table->stride(0);
   p.page_size = a.key.size(2);
   p.seq_k = a.page_table->size(1) * p.page_size;
+  if (!host_readable(a.key)) return;
   check_pages(p.page_table, p.page_table_row, p.batch, a.page_table->size(1), p.kv_lengths,
               p.page_size, a.key.size(0));
 }
@@ -125,6 +131,41 @@ Tensor new_output(const Tensor& query, int64_t rows, int64_t value_dim) {
   const int64_t batch = query.size(0);
   if (query.stride(1) >= query.stride(2)) return new_empty(query, {batch, heads, rows, value_dim});
   return torch::stable::transpose(new_empty(query, {batch, rows, heads, value_dim}), 1, 2);
+}
+
+void launch_on_gpu(attention::ForwardParams& p, const Tensor& query) {
+  STD_TORCH_CHECK(p.dtype != DType::kFloat64,
+                  "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
+  if constexpr (kGpuKernels) {
+    const GpuScope scope(query);
+    const int64_t floats = gpu::attention_workspace(p) / static_cast<int64_t>(sizeof(float));
+    Tensor workspace = torch::stable::new_empty(query, {floats}, ScalarType::Float);
+    p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    gpu::attention_forward(p, scope.stream());
+  }
+}
+
+void launch(attention::ForwardParams& p, const Tensor& query) {
+  const bool wide = p.dtype == DType::kFloat64;
+  if (on_gpu(query)) {
+    launch_on_gpu(p, query);
+  } else if constexpr (kCpuKernels) {
+    wide ? attention_forward_float64(p, torch_threads()) : attention_forward(p, torch_threads());
+  }
+}
+
+void check_append(const attention::AppendParams& p, int64_t pages) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int32_t length = p.cache_lengths[b];
+    STD_TORCH_CHECK(length >= 0 && length + p.rows <= p.capacity,
+                    "attention: cache_lengths must leave room for ", p.rows, " of ", p.capacity,
+                    " tokens, got ", length);
+    for (int64_t t = 0; p.page_table != nullptr && t < p.rows; ++t) {
+      const int32_t page = p.page_table[b * p.page_table_row + (length + t) / p.page_size];
+      STD_TORCH_CHECK(page >= 0 && page < pages, "attention: page_table must hold pages from 0 to ",
+                      pages - 1, ", got ", page);
+    }
+  }
 }
 
 attention::Output writable(const attention::Matrix& m) {
@@ -185,7 +226,7 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
   if (a.seed.has_value()) p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(
+std::tuple<Tensor, Tensor> attention_forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
     OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
@@ -204,18 +245,12 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
                       : torch::stable::new_empty(query, {p.batch, p.heads, rows}, lse_type);
   p.output = output_of(output);
   p.lse = row_values_of(lse);
-  if (p.batch * p.heads * rows > 0) {
-    if (wide) {
-      attention_forward_float64(p, torch_threads());
-    } else {
-      attention_forward(p, torch_threads());
-    }
-  }
+  if (p.batch * p.heads * rows > 0) launch(p, query);
   return {output, lse};
 }
 
-void attention_append_kv_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
-                             Tensor cache_lengths, OptionalTensor page_table) {
+void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,
+                         OptionalTensor page_table) {
   check_matrix("k_cache", k_cache, k);
   check_matrix("v_cache", v_cache, k);
   check_matrix("k", k, k);
@@ -239,19 +274,14 @@ void attention_append_kv_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
     p.page_table_row = page_table->stride(0);
     capacity *= page_table->size(1);
   }
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int32_t length = p.cache_lengths[b];
-    STD_TORCH_CHECK(length >= 0 && length + p.rows <= capacity,
-                    "attention: cache_lengths must leave room for ", p.rows, " of ", capacity,
-                    " tokens, got ", length);
-    for (int64_t t = 0; p.page_table != nullptr && t < p.rows; ++t) {
-      const int32_t page = p.page_table[b * p.page_table_row + (length + t) / p.page_size];
-      STD_TORCH_CHECK(page >= 0 && page < k_cache.size(0),
-                      "attention: page_table must hold pages from 0 to ", k_cache.size(0) - 1,
-                      ", got ", page);
-    }
+  p.capacity = capacity;
+  if (host_readable(k)) check_append(p, k_cache.size(0));
+  if (p.rows == 0) return;
+  if (on_gpu(k)) {
+    if constexpr (kGpuKernels) gpu::attention_append(p, GpuScope(k).stream());
+  } else if constexpr (kCpuKernels) {
+    attention_append(p, torch_threads());
   }
-  if (p.rows > 0) attention_append(p, torch_threads());
 }
 
 }  // namespace flashkern

@@ -27,14 +27,14 @@ attention::Matrix matrix_of(const Tensor& t);
 attention::Output output_of(const Tensor& t);
 attention::RowValues row_values_of(const Tensor& t);  // (batch, heads, rows) or (heads, rows)
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(
+std::tuple<Tensor, Tensor> attention_forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
     OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
     int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t alignment, int64_t window_left,
     int64_t window_right, double scale, double softcap, double dropout_p);
 
-void attention_append_kv_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
+void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
                              Tensor cache_lengths, OptionalTensor page_table);
 
 }  // namespace flashkern

@@ -1,6 +1,7 @@
 #include "torch/attention_backward.h"
 
 #include "attention/cpu/backward.h"
+#include "torch/device.h"
 #include "torch/threads.h"
 
 namespace flashkern {
@@ -27,16 +28,15 @@ attention::BiasGradient bias_gradient_of(const Tensor& t) {
 }
 
 void launch(const BackwardParams& p) {
-  if (p.dtype == DType::kFloat64) {
-    attention_backward_float64(p, torch_threads());
-  } else {
-    attention_backward(p, torch_threads());
+  if constexpr (kCpuKernels) {
+    const bool wide = p.dtype == DType::kFloat64;
+    wide ? attention_backward_float64(p, torch_threads()) : attention_backward(p, torch_threads());
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value,
     Tensor output, Tensor lse, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,

@@ -7,7 +7,7 @@
 
 namespace flashkern {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value,
     Tensor output, Tensor lse, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,

@@ -1,6 +1,7 @@
 #include "torch/beam.h"
 
 #include "beam/kernels.h"
+#include "torch/device.h"
 #include "torch/threads.h"
 
 namespace flashkern {
@@ -46,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk_cpu(Tensor logits, Tensor b
   p.tokens = tokens.mutable_data_ptr<int64_t>();
   p.parents = parents.mutable_data_ptr<int64_t>();
   p.logsumexp = joint.mutable_data_ptr<float>();
-  beam_topk(p, torch_threads());
+  if constexpr (kCpuKernels) beam_topk(p, torch_threads());
   return {scores, tokens, parents, joint};
 }
 

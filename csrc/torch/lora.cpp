@@ -5,6 +5,7 @@
 
 #include "dropout.h"
 #include "lora/params.h"
+#include "torch/device.h"
 #include "torch/threads.h"
 
 namespace flashkern {
@@ -129,8 +130,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                 h.mutable_data_ptr(),
                 adapters.params,
                 adapters.dropout};
-  p.dtype == DType::kFloat64 ? lora_forward_plain(p, torch_threads())
-                             : lora_forward(p, torch_threads());
+  if constexpr (kCpuKernels) {
+    p.dtype == DType::kFloat64 ? lora_forward_plain(p, torch_threads())
+                               : lora_forward(p, torch_threads());
+  }
   return {y, h};
 }
 
@@ -161,8 +164,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
                  adapters.params,
                  adapters.dropout};
   if (need_x || need_a || need_b) {
-    p.dtype == DType::kFloat64 ? lora_backward_plain(p, torch_threads())
-                               : lora_backward(p, torch_threads());
+    if constexpr (kCpuKernels) {
+      p.dtype == DType::kFloat64 ? lora_backward_plain(p, torch_threads())
+                                 : lora_backward(p, torch_threads());
+    }
   }
   return {dx, da, db};
 }
