@@ -107,8 +107,10 @@ def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None
         check(value.shape == expected, op, name, must, tuple(value.shape))
         same = value.device == logits.device
         check(same, op, name, f"be on the logits' device {logits.device}", value.device)
-    if logits.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{op}: logits must be on the CPU, got {logits.device}")
+    device = logits.device.type
+    if device != "meta" and not _ops.has_kernel("beam_topk", device):
+        must = "be on a device that this build has a kernel for"
+        raise NotImplementedError(f"{op}: logits must {must}, got {logits.device}")
     candidates = logits.shape[1] * logits.shape[2]
     check(1 <= k <= candidates, op, "k", f"be between 1 and beams * V = {candidates}", k)
     if candidates >= 2**32:

@@ -76,7 +76,7 @@ def equal(a: fk.BeamTopK, b: Any) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_shapes(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     *logits, k = shape
     check((torch.randn(logits) * 3).to(dtype), torch.randn(logits[:2]), k)
 
@@ -116,7 +116,7 @@ def test_any_shape(
     "values",
     ["equal", "two", "coarse", "ascending", "descending", "spike", "borders", "common_bits"],
 )
-def test_adversaries(isa: str, values: str, k: int, dtype: torch.dtype) -> None:
+def test_adversaries(backend: str, values: str, k: int, dtype: torch.dtype) -> None:
     """Bit for bit with the definition, at a joint log-sum-exp, where every bit is defined."""
     logits = _adversary(values).to(dtype)
     scores = torch.tensor([[0.0, 0.0, -0.5], [-1e9, 0.0, -1e9]])
@@ -179,7 +179,7 @@ def test_vector_isas_share_their_bits() -> None:
     assert equal(*results)
 
 
-def test_strides(isa: str) -> None:
+def test_strides(backend: str) -> None:
     base = torch.randn(3, 7, 4, 1000)
     scores = torch.randn(3, 4)
     last = base[:, -1]  # logits[:, -1]: rows apart

@@ -28,8 +28,7 @@
 //
 // Papers: Milakov and Gimelshein (arXiv 1805.02867), one pass for softmax and top-k; Gaihre et al.,
 // Dr. Top-k (arXiv 2109.08219), selection through the maxima of subranges.
-#include "beam/sm80/topk.h"
-
+#include "beam/gpu.h"
 #include "beam/sm80/plan.h"
 #include "beam/sm80/scan.h"
 #include "beam/sm80/select.h"
@@ -271,19 +270,18 @@ void launch(const Arguments& args, cudaStream_t stream) {
 }  // namespace
 }  // namespace beam::sm80
 
-int64_t beam_topk_cuda_workspace(const beam::TopkParams& p) {
-  return beam::sm80::plan_launch(p, 1).workspace_bytes;
+namespace gpu {
+
+TopkWorkspace beam_topk_workspace(const beam::TopkParams& params) {
+  const beam::sm80::Plan plan = beam::sm80::plan_launch(params, 1);
+  return {plan.workspace_bytes, plan.layout.ticket_bytes};
 }
 
-int64_t beam_topk_cuda_tickets(const beam::TopkParams& p) {
-  return beam::sm80::plan_launch(p, 1).layout.ticket_bytes;
-}
-
-void beam_topk_cuda(const beam::TopkParams& p, void* workspace, CUstream_st* stream) {
-  if (p.batch == 0) return;
-  const beam::sm80::Arguments args{p, beam::sm80::plan_here(p),
+void beam_topk(const beam::TopkParams& params, void* workspace, GpuStream stream) {
+  if (params.batch == 0) return;
+  const beam::sm80::Arguments args{params, beam::sm80::plan_here(params),
                                    static_cast<unsigned char*>(workspace)};
-  switch (p.dtype) {
+  switch (params.dtype) {
     case DType::kBFloat16:
       return beam::sm80::launch<BFloat16>(args, stream);
     case DType::kFloat16:
@@ -293,4 +291,5 @@ void beam_topk_cuda(const beam::TopkParams& p, void* workspace, CUstream_st* str
   }
 }
 
+}  // namespace gpu
 }  // namespace flashkern

@@ -31,8 +31,7 @@ void complete_shuffle(uint32_t mask, void* const* lanes) {
 }
 
 template <class T>
-T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range,
-          const Site& site) {
+T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range, const Site& site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle takes 4 or 8 bytes");
   Shuffle<T> own{value, value, in_range ? from : static_cast<int>(lane())};
   gather(name, Collective::kMasked, mask, &own, complete_shuffle<T>, site);
@@ -40,7 +39,7 @@ T shuffle(const char* name, uint32_t mask, T value, int from, bool in_range,
 }
 
 // A collective whose result is a function of all lanes' values, the same for all of them.
-template <class T, class R, class Combine>  // R Combine()(uint32_t mask, const T* values)
+template <class T, class R, class Combine>
 struct Reduction {
   T value;
   R result;
@@ -51,7 +50,7 @@ struct Reduction {
       const int i = std::countr_zero(left);
       values[i] = static_cast<Reduction*>(lanes[i])->value;
     }
-    const R result = Combine()(mask, values);
+    const R result = Combine{}(mask, values);
     for (uint32_t left = mask; left != 0; left &= left - 1) {
       static_cast<Reduction*>(lanes[std::countr_zero(left)])->result = result;
     }
@@ -67,7 +66,9 @@ struct Reduction {
 struct Ballot {
   uint32_t operator()(uint32_t mask, const uint32_t* values) const {
     uint32_t votes = 0;
-    for (int i = 0; i < 32; ++i) votes |= static_cast<uint32_t>((mask >> i & 1) && values[i]) << i;
+    for (int i = 0; i < 32; ++i) {
+      votes |= static_cast<uint32_t>((mask >> i & 1) && values[i]) << i;
+    }
     return votes;
   }
 };
@@ -101,14 +102,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, FK_SITE) {
 
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FK_SITE) {
-  const int own = static_cast<int>(flashkern::emulator::lane()), from = own - static_cast<int>(delta);
+  const int own = static_cast<int>(flashkern::emulator::lane()),
+            from = own - static_cast<int>(delta);
   return flashkern::emulator::shuffle("__shfl_up_sync", mask, value, from,
                                       from >= (own & ~(width - 1)), site);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, FK_SITE) {
-  const int own = static_cast<int>(flashkern::emulator::lane()), from = own + static_cast<int>(delta);
+  const int own = static_cast<int>(flashkern::emulator::lane()),
+            from = own + static_cast<int>(delta);
   return flashkern::emulator::shuffle("__shfl_down_sync", mask, value, from,
                                       from <= (own | (width - 1)), site);
 }
@@ -140,14 +143,14 @@ unsigned __match_any_sync(unsigned mask, T value, FK_SITE) {
   return equal;
 }
 
-#define FK_REDUCE(name, expression)                                                      \
-  template <class T>                                                                     \
-  T name(unsigned mask, T value, FK_SITE) {                                              \
-    using namespace flashkern::emulator;                                                 \
-    constexpr auto combine = [](uint32_t lanes, const T* values) -> T {                  \
-      return fold(lanes, values, [](T a, T b) -> T { return expression; });              \
-    };                                                                                   \
-    return Reduction<T, T, decltype(combine)>::run(#name, mask, value, site);                     \
+#define FK_REDUCE(name, expression)                                           \
+  template <class T>                                                          \
+  T name(unsigned mask, T value, FK_SITE) {                                   \
+    using namespace flashkern::emulator;                                      \
+    const auto combine = [](uint32_t lanes, const T* values) -> T {           \
+      return fold(lanes, values, [](T a, T b) -> T { return expression; });   \
+    };                                                                        \
+    return Reduction<T, T, decltype(combine)>::run(#name, mask, value, site); \
   }
 FK_REDUCE(__reduce_add_sync, static_cast<T>(a + b))
 FK_REDUCE(__reduce_min_sync, b < a ? b : a)
