@@ -9,6 +9,8 @@ from torch import Tensor
 from flashkern import _ops, reference
 from flashkern._checks import FLOATS, check, check_dtype, check_tensor
 
+DEVICES = ["meta", *(d for d in ("cpu", "cuda") if _ops.has_kernel("beam_topk", d))]
+
 
 class BeamTopK(NamedTuple):
     """What :func:`beam_topk` and :func:`merge_topk` return.
@@ -107,8 +109,7 @@ def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None
         check(value.shape == expected, op, name, must, tuple(value.shape))
         same = value.device == logits.device
         check(same, op, name, f"be on the logits' device {logits.device}", value.device)
-    device = logits.device.type
-    if device != "meta" and not _ops.has_kernel("beam_topk", device):
+    if logits.device.type not in DEVICES:
         must = "be on a device that this build has a kernel for"
         raise NotImplementedError(f"{op}: logits must {must}, got {logits.device}")
     candidates = logits.shape[1] * logits.shape[2]

@@ -93,7 +93,7 @@ def test_beam_scores(backend: str, value: float) -> None:
     same(logits, torch.tensor([[value, value, value]]), 1000)
 
 
-def test_zeros_of_both_signs_tie() -> None:
+def test_zeros_of_both_signs_tie(backend: str) -> None:
     logits = torch.tensor([[[-0.0, 0.0, -0.0, 0.0]]])
     lse, scores = torch.zeros(1, 1), torch.tensor([[-0.0]])
     result = fk.beam_topk(logits, scores, 4, logsumexp=lse)
