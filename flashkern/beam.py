@@ -10,6 +10,8 @@ from flashkern import _ops, reference
 from flashkern._checks import FLOATS, check, check_dtype, check_tensor
 from flashkern._dispatch import register_autograd
 
+DEVICES = ["meta", *(d for d in ("cpu", "cuda") if _ops.has_kernel("beam_topk", d))]
+
 
 class BeamTopK(NamedTuple):
     """What :func:`beam_topk` and :func:`merge_topk` return.
@@ -129,8 +131,9 @@ def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None
         check(value.shape == expected, op, name, must, tuple(value.shape))
         same = value.device == logits.device
         check(same, op, name, f"be on the logits' device {logits.device}", value.device)
-    if logits.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{op}: logits must be on the CPU, got {logits.device}")
+    if logits.device.type not in DEVICES:
+        must = "be on a device that this build has a kernel for"
+        raise NotImplementedError(f"{op}: logits must {must}, got {logits.device}")
     candidates = logits.shape[1] * logits.shape[2]
     check(1 <= k <= candidates, op, "k", f"be between 1 and beams * V = {candidates}", k)
     if candidates >= 2**32:

@@ -1,5 +1,6 @@
 #include "torch/beam.h"
 
+#include "beam/gpu.h"
 #include "beam/kernels.h"
 #include "torch/device.h"
 #include "torch/threads.h"
@@ -14,11 +15,24 @@ void check_beams(const Tensor& t, const Tensor& logits, const char* name) {
                   " must be float32, contiguous, of the logits' (batch, beams)");
 }
 
+void run(const beam::TopkParams& p, const Tensor& logits, const Tensor& beam_scores) {
+  if constexpr (kGpuKernels) {
+    if (on_gpu(logits)) {
+      const GpuScope scope(logits);
+      const auto [bytes, ticket_bytes] = gpu::beam_topk_workspace(p);
+      Tensor workspace = torch::stable::new_empty(beam_scores, {bytes}, ScalarType::Byte);
+      Tensor tickets = torch::stable::narrow(workspace, 0, 0, ticket_bytes);
+      torch::stable::zero_(tickets);  // on torch's stream, so a captured graph holds it too
+      return gpu::beam_topk(p, workspace.mutable_data_ptr(), scope.stream());
+    }
+  }
+  if constexpr (kCpuKernels) beam_topk(p, torch_threads());
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk_cpu(Tensor logits, Tensor beam_scores,
-                                                         int64_t k,
-                                                         std::optional<Tensor> logsumexp) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk(Tensor logits, Tensor beam_scores, int64_t k,
+                                                     std::optional<Tensor> logsumexp) {
   STD_TORCH_CHECK(logits.dim() == 3, "beam_topk: logits must have 3 dimensions");
   beam::TopkParams p;
   p.dtype = dtype_of(logits);
@@ -47,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk_cpu(Tensor logits, Tensor b
   p.tokens = tokens.mutable_data_ptr<int64_t>();
   p.parents = parents.mutable_data_ptr<int64_t>();
   p.logsumexp = joint.mutable_data_ptr<float>();
-  if constexpr (kCpuKernels) beam_topk(p, torch_threads());
+  run(p, logits, beam_scores);
   return {scores, tokens, parents, joint};
 }
 

@@ -10,8 +10,7 @@ namespace flashkern {
 
 // logits (B, beams, V), beam_scores (B, beams) float32, logsumexp (B, beams) float32 or none:
 // scores (B, k) float32, tokens (B, k) int64, parents (B, k) int64, logsumexp (B, beams) float32.
-std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk_cpu(Tensor logits, Tensor beam_scores,
-                                                         int64_t k,
-                                                         std::optional<Tensor> logsumexp);
+std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk(Tensor logits, Tensor beam_scores, int64_t k,
+                                                     std::optional<Tensor> logsumexp);
 
 }  // namespace flashkern

@@ -76,7 +76,7 @@ def equal(a: fk.BeamTopK, b: Any) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_shapes(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     *logits, k = shape
     check((torch.randn(logits) * 3).to(dtype), torch.randn(logits[:2]), k)
 
@@ -116,7 +116,7 @@ def test_any_shape(
     "values",
     ["equal", "two", "coarse", "ascending", "descending", "spike", "borders", "common_bits"],
 )
-def test_adversaries(isa: str, values: str, k: int, dtype: torch.dtype) -> None:
+def test_adversaries(backend: str, values: str, k: int, dtype: torch.dtype) -> None:
     """Bit for bit with the definition, at a joint log-sum-exp, where every bit is defined."""
     logits = _adversary(values).to(dtype)
     scores = torch.tensor([[0.0, 0.0, -0.5], [-1e9, 0.0, -1e9]])
@@ -159,7 +159,7 @@ def test_threads_give_the_same_bits(threads: None) -> None:
         assert all(equal(result, results[0]) for result in results[1:])
 
 
-def test_rows_do_not_depend_on_their_batch() -> None:
+def test_rows_do_not_depend_on_their_batch(backend: str) -> None:
     logits, scores = torch.randn(4, 3, 2049), torch.randn(4, 3)
     together = fk.beam_topk(logits, scores, 9)
     for row in range(4):
@@ -179,7 +179,7 @@ def test_vector_isas_share_their_bits() -> None:
     assert equal(*results)
 
 
-def test_strides(isa: str) -> None:
+def test_strides(backend: str) -> None:
     base = torch.randn(3, 7, 4, 1000)
     scores = torch.randn(3, 4)
     last = base[:, -1]  # logits[:, -1]: rows apart
@@ -192,18 +192,18 @@ def test_strides(isa: str) -> None:
     assert equal(fk.beam_topk(last, scores.t().contiguous().t(), 5), fk.beam_topk(last, scores, 5))
 
 
-def test_large_logits_keep_their_scores() -> None:
+def test_large_logits_keep_their_scores(backend: str) -> None:
     logits = torch.randn(1, 2, 3000) + 1e4
     exact = reference.beam_topk(logits.double(), torch.zeros(1, 2).double(), 8)
     result = fk.beam_topk(logits, torch.zeros(1, 2), 8)
     torch.testing.assert_close(result.scores.double(), exact[0], atol=2e-6, rtol=0)
 
 
-def test_many_beams_many_candidates() -> None:
+def test_many_beams_many_candidates(backend: str) -> None:
     check(torch.randn(1, 64, 2000) * 3, torch.randn(1, 64) * 0.5, 1024)
 
 
-def test_first_step_of_a_search() -> None:
+def test_first_step_of_a_search(backend: str) -> None:
     """Beams at -1e9: the only live beam gives all; where it has too few, ties have their order."""
     logits = torch.randn(1, 1, 300).expand(1, 4, 300)
     scores = torch.tensor([[0.0, -1e9, -1e9, -1e9]])
@@ -213,7 +213,7 @@ def test_first_step_of_a_search() -> None:
     assert rank_by_definition(logits, scores, 302, result)
 
 
-def test_empty_batch() -> None:
+def test_empty_batch(backend: str) -> None:
     result = fk.beam_topk(torch.randn(0, 2, 10), torch.zeros(0, 2), 3)
     assert [tuple(value.shape) for value in result] == [(0, 3), (0, 3), (0, 3), (0, 2)]
 

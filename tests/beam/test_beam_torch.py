@@ -27,7 +27,7 @@ def gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients(dtype: torch.dtype) -> None:
+def test_gradients(backend: str, dtype: torch.dtype) -> None:
     logits, scores = arguments(dtype)
     ours = gradients(lambda x, s: fk.beam_topk(x, s, 9), logits, scores)
     exact = gradients(lambda x, s: reference.beam_topk(x, s, 9), logits.double(), scores.double())
@@ -37,7 +37,7 @@ def test_gradients(dtype: torch.dtype) -> None:
     assert ours[0].dtype == dtype
 
 
-def test_gradients_with_a_given_logsumexp() -> None:
+def test_gradients_with_a_given_logsumexp(backend: str) -> None:
     inputs = (*arguments(), torch.randn(2, 3))
     ours = gradients(lambda x, s, lse: fk.beam_topk(x, s, 9, logsumexp=lse), *inputs)
     doubles = [x.double() for x in inputs]
@@ -46,7 +46,7 @@ def test_gradients_with_a_given_logsumexp() -> None:
         torch.testing.assert_close(mine.double(), reference_, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_of_masked_logits_are_finite() -> None:
+def test_gradients_of_masked_logits_are_finite(backend: str) -> None:
     logits, scores = arguments()
     logits[0, 1], logits[1, :, 5:] = -torch.inf, -torch.inf
     grad_logits, grad_scores = gradients(lambda x, s: fk.beam_topk(x, s, 20), logits, scores)

@@ -24,7 +24,7 @@ def same(logits: Tensor, scores: Tensor, k: int, lse: Tensor | None = None) -> f
 
 
 @pytest.mark.parametrize("left", [0, 1, 5, 7])
-def test_masked_logits_come_last(isa: str, left: int) -> None:
+def test_masked_logits_come_last(backend: str, left: int) -> None:
     """Fewer allowed tokens than k: -inf fills the rest in the order of beam and token."""
     logits = torch.full((2, 3, 1500), -INF)
     allowed = torch.tensor([3, 600, 601, 1024, 1499, 10, 900])[:left]
@@ -37,7 +37,7 @@ def test_masked_logits_come_last(isa: str, left: int) -> None:
         assert list(pairs)[left:] == filled
 
 
-def test_masked_beam(isa: str) -> None:
+def test_masked_beam(backend: str) -> None:
     logits = torch.randn(1, 3, 700)
     logits[0, 1] = -INF
     result = same(logits, torch.zeros(1, 3), 1400)
@@ -47,7 +47,7 @@ def test_masked_beam(isa: str) -> None:
 
 @pytest.mark.parametrize("value", [INF, NAN])
 @pytest.mark.parametrize("token", [0, 515, 699])
-def test_nan_and_inf_win(isa: str, value: float, token: int) -> None:
+def test_nan_and_inf_win(backend: str, value: float, token: int) -> None:
     """One such logit makes its beam NaN, as log_softmax does; NaN ranks first, as in topk."""
     logits = torch.randn(1, 3, 700)
     logits[0, 1, token] = value
@@ -60,7 +60,7 @@ def test_nan_and_inf_win(isa: str, value: float, token: int) -> None:
     assert log_probs.topk(8).values.isnan().all()
 
 
-def test_all_nan_chunk(isa: str) -> None:
+def test_all_nan_chunk(backend: str) -> None:
     logits = torch.randn(1, 2, 1100)
     logits[0, 1, 512:1024] = NAN
     same(logits, torch.zeros(1, 2), 5)
@@ -68,7 +68,7 @@ def test_all_nan_chunk(isa: str) -> None:
     same(logits, torch.zeros(1, 2), 1090)
 
 
-def test_nan_beside_masks_only(isa: str) -> None:
+def test_nan_beside_masks_only(backend: str) -> None:
     logits = torch.full((1, 2, 40), -INF)
     logits[0, 1, 7] = NAN
     result = same(logits, torch.zeros(1, 2), 3)
@@ -76,7 +76,7 @@ def test_nan_beside_masks_only(isa: str) -> None:
 
 
 @pytest.mark.parametrize("value", [INF, NAN, -INF])
-def test_given_logsumexp(isa: str, value: float) -> None:
+def test_given_logsumexp(backend: str, value: float) -> None:
     logits = torch.randn(1, 3, 600)
     logits[0, 2, [5, 550]] = value
     lse = torch.tensor([[1.0, 2.0, 3.0]])
@@ -86,14 +86,14 @@ def test_given_logsumexp(isa: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [INF, NAN, -INF])
-def test_beam_scores(isa: str, value: float) -> None:
+def test_beam_scores(backend: str, value: float) -> None:
     logits = torch.randn(1, 3, 600)
     logits[0, 1, ::2] = -INF
     same(logits, torch.tensor([[0.0, value, -2.0]]), 310)
     same(logits, torch.tensor([[value, value, value]]), 1000)
 
 
-def test_zeros_of_both_signs_tie() -> None:
+def test_zeros_of_both_signs_tie(backend: str) -> None:
     logits = torch.tensor([[[-0.0, 0.0, -0.0, 0.0]]])
     lse, scores = torch.zeros(1, 1), torch.tensor([[-0.0]])
     result = fk.beam_topk(logits, scores, 4, logsumexp=lse)
@@ -101,7 +101,7 @@ def test_zeros_of_both_signs_tie() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_magnitudes(isa: str, dtype: torch.dtype) -> None:
+def test_extreme_magnitudes(backend: str, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     logits = torch.tensor([largest, -largest, 0.0, 1e-7, largest]).to(dtype).repeat(130)
     same(logits.view(1, 1, -1), torch.zeros(1, 1), 400)

@@ -14,7 +14,7 @@ extern "C" {
 // nullptr, or what went wrong.
 const char* fk_beam_topk(const flashkern::beam::TopkParams* p, void* workspace) {
   try {
-    flashkern::beam_topk_cuda(*p, workspace, nullptr);
+    flashkern::gpu::beam_topk(*p, workspace, nullptr);
     return nullptr;
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), sizeof message - 1);
@@ -23,10 +23,10 @@ const char* fk_beam_topk(const flashkern::beam::TopkParams* p, void* workspace) 
 }
 
 int64_t fk_beam_workspace(const flashkern::beam::TopkParams* p) {
-  return flashkern::beam_topk_cuda_workspace(*p);
+  return flashkern::gpu::beam_topk_workspace(*p).bytes;
 }
 
 int64_t fk_beam_tickets(const flashkern::beam::TopkParams* p) {
-  return flashkern::beam_topk_cuda_tickets(*p);
+  return flashkern::gpu::beam_topk_workspace(*p).ticket_bytes;
 }
 }

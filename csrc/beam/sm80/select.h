@@ -101,7 +101,7 @@ FK_DEVICE uint32_t narrow(SelectStorage& shared, Range& range, uint32_t wanted,
   __syncthreads();
   pick(shared, wanted - range.above);
   range.low = least + (static_cast<Candidate>(shared.bin) << shift);
-  range.high = min(most, range.low + ((Candidate{1} << shift) - 1));
+  range.high = range.low + min(most - range.low, (Candidate{1} << shift) - 1);
   range.above += shared.before;
   return range.above + shared.count;
 }

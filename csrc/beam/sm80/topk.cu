@@ -28,8 +28,7 @@
 //
 // Papers: Milakov and Gimelshein (arXiv 1805.02867), one pass for softmax and top-k; Gaihre et al.,
 // Dr. Top-k (arXiv 2109.08219), selection through the maxima of subranges.
-#include "beam/sm80/topk.h"
-
+#include "beam/gpu.h"
 #include "beam/sm80/plan.h"
 #include "beam/sm80/scan.h"
 #include "beam/sm80/select.h"
@@ -180,20 +179,14 @@ FK_DEVICE Candidate rank(const Arguments& args, Storage& shared, const Row<T>& r
 template <class T, class F, class More>
 FK_DEVICE void each_chosen(const Row<T>& row, uint32_t count, F&& f, More&& more) {
   const uint32_t warp = ptx::warp_id();
-  Chunk<T> chunk, next;
-  const auto load = [&](uint32_t i) {
-    const uint32_t c = row.chosen[i];
-    load_chunk(next, row.beam(c / row.chunks), c % row.chunks, row.vocab);
-  };
-  if (warp < count) load(warp);
   for (uint32_t i = warp; i < count && more(); i += kWarps) {
     const uint32_t c = row.chosen[i], beam = c / row.chunks;
     const int64_t start = c % row.chunks * kChunk;
     const uint32_t flat = beam * row.vocab + start;
-    const int64_t left = row.vocab - start;
+    const uint32_t left = min(kChunk, row.vocab - start);
     const Normaliser n = row.normalisers[beam];
-    chunk = next;
-    if (i + kWarps < count) load(i + kWarps);
+    Chunk<T> chunk;
+    load_chunk(chunk, row.beam(beam), c % row.chunks, row.vocab);
     each_element(chunk, [&](float x, uint32_t element) {
       if (element < left) f(candidate(ordered(score(x, n)), flat + element));
     });
@@ -277,19 +270,18 @@ void launch(const Arguments& args, cudaStream_t stream) {
 }  // namespace
 }  // namespace beam::sm80
 
-int64_t beam_topk_cuda_workspace(const beam::TopkParams& p) {
-  return beam::sm80::plan_launch(p, 1).workspace_bytes;
+namespace gpu {
+
+TopkWorkspace beam_topk_workspace(const beam::TopkParams& params) {
+  const beam::sm80::Plan plan = beam::sm80::plan_launch(params, 1);
+  return {plan.workspace_bytes, plan.layout.ticket_bytes};
 }
 
-int64_t beam_topk_cuda_tickets(const beam::TopkParams& p) {
-  return beam::sm80::plan_launch(p, 1).layout.ticket_bytes;
-}
-
-void beam_topk_cuda(const beam::TopkParams& p, void* workspace, CUstream_st* stream) {
-  if (p.batch == 0) return;
-  const beam::sm80::Arguments args{p, beam::sm80::plan_here(p),
+void beam_topk(const beam::TopkParams& params, void* workspace, GpuStream stream) {
+  if (params.batch == 0) return;
+  const beam::sm80::Arguments args{params, beam::sm80::plan_here(params),
                                    static_cast<unsigned char*>(workspace)};
-  switch (p.dtype) {
+  switch (params.dtype) {
     case DType::kBFloat16:
       return beam::sm80::launch<BFloat16>(args, stream);
     case DType::kFloat16:
@@ -299,4 +291,5 @@ void beam_topk_cuda(const beam::TopkParams& p, void* workspace, CUstream_st* str
   }
 }
 
+}  // namespace gpu
 }  // namespace flashkern

@@ -1,0 +1,70 @@
+"""What the GPU kernel does differently from the CPU's: splits, addresses, workspace, overflow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashkern as fk
+from flashkern import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def same_choice(logits: torch.Tensor, scores: torch.Tensor, k: int) -> fk.BeamTopK:
+    """Bit for bit the definition, at a joint log-sum-exp."""
+    lse = logits.float().logsumexp(-1)
+    result = fk.beam_topk(logits, scores, k, logsumexp=lse)
+    for mine, expected in zip(result, reference.beam_topk(logits, scores, k, lse), strict=True):
+        assert torch.equal(mine, expected)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 40000), (1, 1, 70001), (3, 70, 900)], ids=str)
+def test_rows_in_several_blocks(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits, scores = (torch.randn(shape) * 3).to(dtype), torch.randn(shape[:2])
+    same_choice(logits, scores, 40)
+    own = fk.beam_topk(logits, scores, 40)
+    exact = logits.double().logsumexp(-1)
+    torch.testing.assert_close(own.logsumexp.double(), exact, atol=2e-6, rtol=1e-6)
+    for row in range(shape[0]):  # another batch, another cut: the same bits
+        one = slice(row, row + 1)
+        alone = fk.beam_topk(logits[one].clone(), scores[one], 40)
+        assert all(torch.equal(a[one], b) for a, b in zip(own, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_address(backend: str, dtype: torch.dtype) -> None:
+    """A row's bits do not depend on where it lies: 16 bytes are 4 or 8 elements."""
+    row, scores = (torch.randn(1, 2, 3001) * 3).to(dtype), torch.zeros(1, 2)
+    expected = fk.beam_topk(row, scores, 20)
+    for offset in range(1, 9):
+        buffer = torch.full((2 * 3001 + 2 * offset,), torch.nan, dtype=dtype)
+        moved = buffer[offset:-offset].view(1, 2, 3001).copy_(row)
+        result = fk.beam_topk(moved, scores, 20)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 1600, 2048, 2049, 5999, 6000])
+@pytest.mark.parametrize("values", ["random", "equal", "ascending"])
+def test_many_candidates(backend: str, values: str, k: int) -> None:
+    """More than shared memory holds: the workspace takes the chosen chunks and the candidates."""
+    logits = torch.linspace(-3, 3, 6000).view(1, 4, 1500)
+    if values != "ascending":
+        logits = torch.randn(1, 4, 1500) if values == "random" else torch.ones(1, 4, 1500)
+    same_choice(logits, torch.zeros(1, 4), k)
+
+
+@pytest.mark.parametrize("k", [1, 700, 9000])
+def test_many_chunks(backend: str, k: int) -> None:
+    """More beams than shared memory holds chunk scores."""
+    same_choice(torch.randn(1, 8200, 3), torch.randn(1, 8200), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [4, 64, 1024])
+def test_ties_everywhere(backend: str, k: int, dtype: torch.dtype) -> None:
+    """Few different logits: far more candidates tie than fit, in every chunk."""
+    logits = torch.randint(0, 3, (2, 4, 9000)).to(dtype)
+    same_choice(logits, torch.tensor([[0.0, 1.0, 0.0, 1.0], [-1e9, 0.0, -1e9, 0.0]]), k)
