@@ -1,5 +1,6 @@
 // A LoRA call as launches.
 //
+//   decode     one launch (decode.cu)
 //   forward    [sort rows]  shrink (x, A -> h)  product (x, W, h, B, bias -> y)
 //   backward   [sort rows]  shrink (dy, B -> dh)  gradient (dy, h -> dB)  gradient (x, dh -> dA)
 //              product (dy, W, dh, A -> dx)
@@ -59,6 +60,13 @@ void lora_forward(const LoraForward& p, void* memory, cudaStream_t stream) {
   const LoraAdapters& ad = p.adapters;
   if (p.rows == 0 || p.out == 0) return;
   const int rank = static_cast<int>(ad.rank);
+  const Factor b = factor(ad, ad.b, ad.rank, 1, p.out);
+  if (decode_fits(p)) {
+    const Factor a = factor(ad, ad.a, p.in, 1, p.in);
+    return decode({static_cast<int>(p.rows), p.in, p.out, p.dtype, p.x, p.x_row, p.weight, p.bias,
+                   p.y, static_cast<float*>(p.h), a, b, rank, host_scale(ad)},
+                  stream);
+  }
   Workspace workspace{static_cast<char*>(memory)};
   const RowOrder order = sorted(ad, p.rows, workspace, stream);
   const bool blas = p.base == LoraBase::kBlas;
@@ -70,7 +78,7 @@ void lora_forward(const LoraForward& p, void* memory, cudaStream_t stream) {
   }
   run_product({p.rows, p.out, blas ? 0 : p.in, p.dtype, p.x, p.x_row, p.weight, true,
                blas ? nullptr : p.bias, p.y, blas, rank > 0 ? static_cast<float*>(p.h) : nullptr,
-               factor(ad, ad.b, ad.rank, 1, p.out), rank, order, Keep()},
+               b, rank, order, Keep()},
               stream);
 }
 
