@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(NarrowSum<T, kRanks, true>::kThreads, kResiden
 }  // namespace
 
 void gradient(const GradientParams& call, void* workspace, cudaStream_t stream) {
+  if (call.width == 0 || call.rank == 0 || call.adapters == 0) return;
   const int64_t parts = gradient_parts(call.rows, call.width, call.adapters).count;
   const bool direct = parts == 1 && call.out_dtype == DType::kFloat32;
   float* out = static_cast<float*>(direct ? call.out : workspace);

@@ -13,8 +13,8 @@
 // Shared memory: 3 stages x 8 KiB + 3 planes x 2 KiB (kRanks 16) or 8 KiB (64): 30 or 48 KiB.
 // Pipeline: copy step s + 2 | cut right, drop left of step s | load right of s + 1, multiply s.
 //
-// Numerics: operands are cut into bfloat16 pieces of 8 bits each (1 for bfloat16, 2 for float16, 3
-// for float32), exactly, and all products of pieces that reach 2^-24 of the result are summed.
+// Numerics: operands are cut into bfloat16 pieces (1 for bfloat16, 2 for float16, 3 for float32),
+// exactly, and all products of pieces that reach 2^-24 of the result are summed: float32's own error.
 // Tensor cores add with truncation, so a step's sum starts at zero and joins the whole by a rounded
 // addition. Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype for
 // Higher-Precision Computations (arXiv 1904.06376).
@@ -37,7 +37,7 @@ inline constexpr int kLeftPieces<Half> = 2;
 
 // Blocks on a multiprocessor that the registers must allow: what hides the memory's latency.
 template <class T, int kRanks>
-inline constexpr int kResident = kRanks <= 16 ? 4 : kLeftPieces<T> == 2 ? 1 : 2;
+inline constexpr int kResident = kRanks <= 16 ? (kLeftPieces<T> == 2 ? 3 : 4) : kLeftPieces<T> == 2 ? 1 : 2;
 
 // Rows [row, row_end) by columns [column, column_end) of the wide operand; rows are positions.
 struct NarrowTask {

@@ -357,6 +357,7 @@ void run(const ProductParams& call, cudaStream_t stream) {
 }  // namespace
 
 void product(const ProductParams& call, cudaStream_t stream) {
+  if (call.rows == 0 || call.columns == 0) return;
   call.dtype == DType::kFloat16 ? run<Half>(call, stream) : run<BFloat16>(call, stream);
 }
 

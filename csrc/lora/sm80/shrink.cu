@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(NarrowSum<T, kRanks, false>::kThreads, kReside
 }  // namespace
 
 void shrink(const ShrinkParams& call, void* workspace, cudaStream_t stream) {
+  if (call.rows == 0 || call.rank == 0) return;
   const Parts parts = shrink_parts(call.rows, call.depth);
   float* out = parts.count > 1 ? static_cast<float*>(workspace) : call.out;
   for_dtype(call.dtype, [&](auto* type) {
