@@ -37,7 +37,7 @@ inline constexpr int kLeftPieces<Half> = 2;
 
 // Blocks on a multiprocessor that the registers must allow: what hides the memory's latency.
 template <class T, int kRanks>
-inline constexpr int kResident = kRanks <= 16 ? (kLeftPieces<T> == 2 ? 3 : 4) : kLeftPieces<T> == 2 ? 1 : 2;
+inline constexpr int kResident = kRanks <= 16 ? 3 : 1;
 
 // Rows [row, row_end) by columns [column, column_end) of the wide operand; rows are positions.
 struct NarrowTask {
