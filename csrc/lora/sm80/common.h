@@ -53,7 +53,7 @@ struct Factor {
 
 struct Keep {
   uint64_t seed = 0;
-  bool all = true;      // no dropout
+  bool all = true;     // no dropout
   uint32_t below = 0;  // a word up to here drops its element
 
   Keep() = default;

@@ -2,8 +2,9 @@
 // W is read once, at the speed of memory; everything else rides along.
 //
 // A block owns 32 columns of y, 32 rows of W. Its eight warps share the depth, 32 at a time: warp w
-// takes steps w, w + 8, ... and multiplies W's rows (two slabs of 16, the mma's rows) by all of x (up
-// to eight strips of 8 rows, the mma's columns). The warps' sums meet in shared memory, in order.
+// takes steps w, w + 8, ... and multiplies W's rows (two slabs of 16, the mma's rows) by all of x
+// (up to eight strips of 8 rows, the mma's columns). The warps' sums meet in shared memory, in
+// order.
 //
 // A step's numbers go from global memory straight to the mma's registers: the order of the terms of
 // a sum is free, so lane (g, t) takes the 8 consecutive ones from 8 t on of row g, of W and of x
@@ -16,7 +17,8 @@
 // Shared memory: 8 partial sums of 32 x 8 strips and h, 13 KiB for 8 rows, 84 KiB for 64.
 // Only rows of whole, aligned 16-byte chunks, ranks up to 64, one adapter, no dropout: plan.h.
 //
-// Chen et al.: Punica: Multi-Tenant LoRA Serving (arXiv 2310.18547) for shrink and expand as one step.
+// Chen et al.: Punica: Multi-Tenant LoRA Serving (arXiv 2310.18547) for shrink and expand as one
+// step.
 #include "lora/sm80/kernels.h"
 #include "lora/sm80/narrow.h"
 #include "ptx/launch.h"

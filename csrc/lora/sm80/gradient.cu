@@ -57,14 +57,25 @@ __global__ void __launch_bounds__(NarrowSum<T, kRanks, true>::kThreads, kResiden
   const int adapter = blockIdx.y / p.parts, part = blockIdx.y % p.parts;
   const int64_t first = int64_t{blockIdx.x} * kNarrowTile;
   const Factor right{call.right, true, 1, call.rank, 0};
-  NarrowTask task{call.left, call.left_row, p.aligned, call.order, call.keep, 0, 0,
-                  first,     call.width,    right,     static_cast<int>(blockIdx.z) * kRanks,
-                  call.rank, adapter};
+  NarrowTask task{call.left,
+                  call.left_row,
+                  p.aligned,
+                  call.order,
+                  call.keep,
+                  0,
+                  0,
+                  first,
+                  call.width,
+                  right,
+                  static_cast<int>(blockIdx.z) * kRanks,
+                  call.rank,
+                  adapter};
   cut_rows(p, adapter, part, task.row, task.row_end);
   float sums[Sum::kStrips][4] = {};
   Sum(shared, task).run(sums);
   const int64_t size = call.width * call.rank;
-  store(p, first, task.rank_begin + Sum::first_rank(), p.out + (part * call.adapters + adapter) * size, sums);
+  store(p, first, task.rank_begin + Sum::first_rank(),
+        p.out + (part * call.adapters + adapter) * size, sums);
 }
 
 }  // namespace

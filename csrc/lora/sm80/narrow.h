@@ -4,8 +4,8 @@
 //   shrink      out[i, j] = sum over columns k of   left[i, k] right[j, k]     left: x, dy
 //   gradient    out[i, j] = sum over rows k of      left[k, i] right[j, k]     left: x, dy
 //
-// Tile and warps: 64 of i by kRanks of j; four warps of 16 x 16 (kRanks 16) or eight of 16 x 32 (64);
-// a step is 128 bytes deep (64 16-bit elements, 32 floats).
+// Tile and warps: 64 of i by kRanks of j; four warps of 16 x 16 (kRanks 16) or eight of 16 x 32
+// (64); a step is 128 bytes deep (64 16-bit elements, 32 floats).
 //
 //   left tile            shrink: 64 rows x 128 bytes          gradient: 64 (32) rows x 64 columns
 //   right planes         3 x kRanks x depth bfloat16          made from registers, one step ahead
@@ -14,10 +14,10 @@
 // Pipeline: copy step s + 2 | cut right, drop left of step s | load right of s + 1, multiply s.
 //
 // Numerics: operands are cut into bfloat16 pieces (1 for bfloat16, 2 for float16, 3 for float32),
-// exactly, and all products of pieces that reach 2^-24 of the result are summed: float32's own error.
-// Tensor cores add with truncation, so a step's sum starts at zero and joins the whole by a rounded
-// addition. Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype for
-// Higher-Precision Computations (arXiv 1904.06376).
+// exactly, and all products of pieces that reach 2^-24 of the result are summed: float32's own
+// error. Tensor cores add with truncation, so a step's sum starts at zero and joins the whole by a
+// rounded addition. Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype
+// for Higher-Precision Computations (arXiv 1904.06376).
 #pragma once
 
 #include "lora/sm80/common.h"

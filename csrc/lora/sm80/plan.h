@@ -9,7 +9,7 @@
 
 namespace flashkern::sm80 {
 
-inline constexpr int kNarrowTile = 64;        // rows of h, or columns of dA and dB, of one block
+inline constexpr int kNarrowTile = 64;         // rows of h, or columns of dA and dB, of one block
 inline constexpr int64_t kNarrowBlocks = 264;  // two for each multiprocessor of an H100
 inline constexpr int64_t kMaxParts = 16;
 
@@ -76,8 +76,8 @@ inline int64_t backward_workspace(const LoraBackward& p) {
 inline constexpr int64_t kDecodeRows = 64, kDecodeRank = 64;
 
 // Who computes the base product on a GPU. 16-bit dtypes run on tensor cores here, with the adapter
-// in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A float32 product here
-// runs on plain FMAs, where cuBLAS is the better one.
+// in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A float32 product
+// here runs on plain FMAs, where cuBLAS is the better one.
 inline LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice) {
   if (choice == LoraChoice::kBlas) return LoraBase::kBlas;
   if (dtype == DType::kFloat32) {

@@ -73,7 +73,8 @@ struct Place {
 // ---- copies ----
 
 // A thread's four chunks of a tile: 128 rows of 4 chunks (along the depth), or 32 rows of 16.
-// `row_of(i, row)` is where in the matrix the tile's row lies, the i-th of this thread; -1: nowhere.
+// `row_of(i, row)` is where in the matrix the tile's row lies, the i-th of this thread; -1:
+// nowhere.
 template <class T, bool kAlong, class RowOf>
 FK_DEVICE void copy_tile(T* tile, const void* matrix, int64_t pitch, int64_t column,
                          int64_t columns, bool aligned, RowOf&& row_of) {
@@ -98,10 +99,9 @@ FK_DEVICE void copy_step(typename Storage<T>::Stage& stage, const Params& p, con
   copy_tile<T, true>(stage.left, call.left, call.left_row, k, call.depth, p.left_aligned,
                      [&](int i, int) { return rows[i]; });
   if constexpr (kAlong) {
-    copy_tile<T, true>(stage.right, call.weight, call.depth, k, call.depth, p.weight_aligned,
-                       [&](int, int row) {
-                         return at.column + row < call.columns ? at.column + row : -1;
-                       });
+    copy_tile<T, true>(
+        stage.right, call.weight, call.depth, k, call.depth, p.weight_aligned,
+        [&](int, int row) { return at.column + row < call.columns ? at.column + row : -1; });
   } else {
     copy_tile<T, false>(stage.right, call.weight, call.columns, at.column, call.columns,
                         p.weight_aligned,

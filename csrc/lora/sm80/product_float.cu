@@ -5,8 +5,8 @@
 // Tile and threads: 64 x 64 of y, 16 x 16 threads of 4 x 4, a step 16 deep.
 // Shared memory: x^T and W^T tiles of 16 x 68 floats, 8.5 KiB. The next step's numbers are on their
 // way to registers while a step is multiplied.
-// Numerics: float32 sums of 16 terms each, added in the order of the depth, so that no chain is long:
-// the adapter's first (dropout masks them), then the base product's, then the bias.
+// Numerics: float32 sums of 16 terms each, added in the order of the depth, so that no chain is
+// long: the adapter's first (dropout masks them), then the base product's, then the bias.
 #include "lora/sm80/kernels.h"
 #include "ptx/launch.h"
 

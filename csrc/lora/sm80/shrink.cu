@@ -58,9 +58,19 @@ __global__ void __launch_bounds__(NarrowSum<T, kRanks, false>::kThreads, kReside
   const int64_t first = int64_t{blockIdx.x} * kNarrowTile;
   const int64_t last = min(first + kNarrowTile, call.rows) - 1;
   const int64_t begin = blockIdx.y * p.part_depth, end = min(begin + p.part_depth, call.depth);
-  NarrowTask task{call.left, call.left_row, p.aligned, call.order, call.keep,
-                  first,     last + 1,      begin,     end,        call.right,
-                  static_cast<int>(blockIdx.z) * kRanks, call.rank, 0};
+  NarrowTask task{call.left,
+                  call.left_row,
+                  p.aligned,
+                  call.order,
+                  call.keep,
+                  first,
+                  last + 1,
+                  begin,
+                  end,
+                  call.right,
+                  static_cast<int>(blockIdx.z) * kRanks,
+                  call.rank,
+                  0};
   const int from = call.order.adapter(first), to = call.order.adapter(last);
   for (int adapter = from; adapter <= to; ++adapter) {
     float sums[Sum::kStrips][4] = {};
@@ -85,8 +95,7 @@ void shrink(const ShrinkParams& call, void* workspace, cudaStream_t stream) {
     const Params p{call, fits, parts.step, out};
     const auto run = [&](auto ranks) {
       constexpr int kRanks = decltype(ranks)::value;
-      const dim3 grid(divide_up(call.rows, kNarrowTile), parts.count,
-                      divide_up(call.rank, kRanks));
+      const dim3 grid(divide_up(call.rows, kNarrowTile), parts.count, divide_up(call.rank, kRanks));
       using Sum = NarrowSum<T, kRanks, false>;
       const ptx::LaunchShape shape{grid, Sum::kThreads, sizeof(typename Sum::Storage)};
       ptx::launch(shrink_kernel<T, kRanks>, shape, stream, p);
