@@ -74,6 +74,9 @@ class EmulatedLora:
         for name in ("fk_lora_forward", "fk_lora_backward"):
             getattr(self.library, name).restype = c_char_p
 
+    def set_seed(self, seed: int) -> None:
+        self.library.fk_emulator_seed(c_uint64(seed))
+
     def _call(self, name: str, params: ctypes.Structure) -> None:
         message = getattr(self.library, name)(ctypes.byref(params))
         if message:

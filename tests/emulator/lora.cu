@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "emulator/api.h"
 #include "lora/gpu.h"
 
 namespace {
@@ -35,3 +36,5 @@ FK_EXPORT const char* fk_lora_forward(const LoraForward* p) { return run(*p, gpu
 FK_EXPORT const char* fk_lora_backward(const LoraBackward* p) {
   return run(*p, gpu::lora_backward);
 }
+
+FK_EXPORT void fk_emulator_seed(uint64_t seed) { emulator::set_seed(seed); }

@@ -11,11 +11,12 @@
 // alike, as its share of two mmas. 16-byte loads, whole 64-byte runs, no shared memory.
 //
 // h = scale * x A^T is computed by every block for itself, first, in the same way (A comes from L2,
-// block 0 writes h): no block waits for another. A and x are cut into bfloat16 pieces as in
-// narrow.h, h and its product with B are float32.
+// block 0 writes h): no block waits for another, and a decoding step is one launch. A and x are cut
+// into bfloat16 pieces as in narrow.h, h and its product with B are float32.
 //
 // Shared memory: 8 partial sums of 32 x 8 strips and h, 13 KiB for 8 rows, 84 KiB for 64.
-// Only rows of whole, aligned 16-byte chunks, ranks up to 64, one adapter, no dropout: plan.h.
+// Only rows of whole, aligned 16-byte chunks. Several adapters, dropout, ranks above 64: the shrink
+// goes before, a launch of its own, and h is read; each row takes its own adapter's B.
 //
 // Chen et al.: Punica: Multi-Tenant LoRA Serving (arXiv 2310.18547) for shrink and expand as one
 // step.
@@ -188,7 +189,7 @@ template <class T, int kStrips>
 __global__ void __launch_bounds__(kThreads, kStrips == 8 ? 1 : 2)
     decode_kernel(const DecodeParams p) {
   auto& shared = ptx::shared_storage<Storage<kStrips>>();
-  for (int first = 0; first < p.rank; first += kColumns) {
+  for (int first = 0; p.shrinks && first < p.rank; first += kColumns) {
     Sums<kStrips> sums = {};
     add_low<T, kStrips>(p, first, sums);
     meet(shared, sums);
@@ -208,9 +209,11 @@ __global__ void __launch_bounds__(kThreads, kStrips == 8 ? 1 : 2)
     const int64_t column = first + i % kColumns;
     const int row = i / kColumns;
     if (column >= p.out) continue;
+    const int adapter = p.ids != nullptr ? static_cast<int>(p.ids[row]) : 0;
+    const float* h = p.shrinks ? shared.h[row] : p.h + row * p.rank;
     float value = sum_of(shared, i % kColumns, row);
-    for (int r = 0; r < p.rank; ++r) {
-      value = __fmaf_rn(shared.h[row][r], p.b.at<T>(0, column, r), value);
+    for (int r = 0; adapter >= 0 && r < p.rank; ++r) {
+      value = __fmaf_rn(h[r], p.b.at<T>(adapter, column, r), value);
     }
     if (p.bias != nullptr) value += ptx::to_float(static_cast<const T*>(p.bias)[column]);
     static_cast<T*>(p.y)[row * p.out + column] = ptx::from_float<T>(value);

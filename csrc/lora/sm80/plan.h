@@ -90,8 +90,12 @@ inline LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice ch
 inline bool decode_fits(const LoraForward& p) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return p.base == LoraBase::kFew && p.rows <= kDecodeRows && p.dtype != DType::kFloat32 &&
-         p.adapters.ids == nullptr && p.adapters.rank <= kDecodeRank && p.dropout.threshold == 0 &&
          p.in % 8 == 0 && p.x_row % 8 == 0 && aligned(p.x) && aligned(p.weight);
+}
+
+// And where it computes h too; else the shrink has gone before.
+inline bool decode_shrinks(const LoraForward& p) {
+  return p.adapters.ids == nullptr && p.adapters.rank <= kDecodeRank && p.dropout.threshold == 0;
 }
 
 }  // namespace flashkern::sm80
