@@ -11,7 +11,7 @@ from torch import Tensor
 import flashkern.lora
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BASES = {"blas": 0, "own": 1}
+BASES = {"blas": 0, "own": 1, "few": 2}
 
 
 class Adapters(ctypes.Structure):
@@ -56,8 +56,13 @@ def pointer(t: Tensor | None) -> int | None:
     return None if t is None or t.numel() == 0 else t.data_ptr()
 
 
+def packed(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def rows_of(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1]) if t.dim() != 2 or t.stride(1) != 1 else t
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
 
 
 class EmulatedLora:
@@ -68,6 +73,9 @@ class EmulatedLora:
         self.base = "own"
         for name in ("fk_lora_forward", "fk_lora_backward"):
             getattr(self.library, name).restype = c_char_p
+
+    def set_seed(self, seed: int) -> None:
+        self.library.fk_emulator_seed(c_uint64(seed))
 
     def _call(self, name: str, params: ctypes.Structure) -> None:
         message = getattr(self.library, name)(ctypes.byref(params))
@@ -94,10 +102,11 @@ class EmulatedLora:
         h = torch.full((rows, lora_a.shape[-2]), torch.nan)
         if self.base == "blas":
             y = torch.nn.functional.linear(flat, weight, bias).contiguous()
-        held = (lora_a.contiguous(), lora_b.contiguous(), ids, scalings)
+        base = "few" if self.base == "own" and rows <= 64 else self.base  # as plan.h chooses
+        held = (lora_a.contiguous(), lora_b.contiguous(), packed(ids), packed(scalings))
         adapters, kept = self._adapters(*held, scaling, dropout_p)
         params = Forward(
-            *(rows, weight.shape[1], out, DTYPES[x.dtype], BASES[self.base]),
+            *(rows, weight.shape[1], out, DTYPES[x.dtype], BASES[base]),
             *(pointer(flat), flat.stride(0), pointer(weight), pointer(bias), pointer(y)),
             *(pointer(h), adapters, *mask(dropout_p, seed)),
         )
@@ -108,7 +117,7 @@ class EmulatedLora:
         self, grad, x, weight, lora_a, lora_b, h, ids, scalings, scaling, dropout_p, seed, *needs
     ) -> tuple[Tensor, Tensor, Tensor]:
         dy, flat, weight = rows_of(grad), rows_of(x), weight.contiguous()
-        held = (lora_a.contiguous(), lora_b.contiguous(), ids, scalings)
+        held = (lora_a.contiguous(), lora_b.contiguous(), packed(ids), packed(scalings))
         adapters, kept = self._adapters(*held, scaling, dropout_p)
         results = [
             torch.full(t.shape if need else (0,), torch.nan, dtype=t.dtype)

@@ -3,7 +3,8 @@
 #include <cstring>
 #include <string>
 
-#include "lora/sm80/launch.h"
+#include "emulator/api.h"
+#include "lora/gpu.h"
 
 namespace {
 
@@ -12,8 +13,9 @@ using namespace flashkern;
 thread_local std::string message;
 
 template <class Params, class Launch>
-const char* run(const Params& p, int64_t bytes, Launch&& launch) {
-  void* workspace = std::aligned_alloc(256, sm80::padded_bytes(bytes + 1));
+const char* run(const Params& p, Launch&& launch) {
+  const int64_t bytes = gpu::lora_workspace(p);
+  void* workspace = std::aligned_alloc(256, bytes / 256 * 256 + 256);
   std::memset(workspace, 0xff, bytes);
   message.clear();
   try {
@@ -29,10 +31,10 @@ const char* run(const Params& p, int64_t bytes, Launch&& launch) {
 
 #define FK_EXPORT extern "C" __attribute__((visibility("default")))
 
-FK_EXPORT const char* fk_lora_forward(const LoraForward* p) {
-  return run(*p, sm80::forward_workspace(*p), sm80::lora_forward);
-}
+FK_EXPORT const char* fk_lora_forward(const LoraForward* p) { return run(*p, gpu::lora_forward); }
 
 FK_EXPORT const char* fk_lora_backward(const LoraBackward* p) {
-  return run(*p, sm80::backward_workspace(*p), sm80::lora_backward);
+  return run(*p, gpu::lora_backward);
 }
+
+FK_EXPORT void fk_emulator_seed(uint64_t seed) { emulator::set_seed(seed); }

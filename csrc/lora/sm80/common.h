@@ -53,7 +53,7 @@ struct Factor {
 
 struct Keep {
   uint64_t seed = 0;
-  bool all = true;      // no dropout
+  bool all = true;     // no dropout
   uint32_t below = 0;  // a word up to here drops its element
 
   Keep() = default;
@@ -97,18 +97,19 @@ FK_DEVICE int clamp_count(int64_t left, int most) {
 
 // ---- float32 as bfloat16 pieces ----
 
-// x without its leading 8 bits, exactly; 0 for infinities.
+// What rounding x to `lead` left, exactly; 0 for infinities.
 FK_DEVICE float rest(float x, float lead) { return x == lead ? 0.0f : x - lead; }
 
-// Cuts a pair into kPieces pairs of bfloat16, the leading bits first. Three hold float32 exactly,
-// two hold float16, one holds bfloat16.
+// Cuts a pair into kPieces pairs of bfloat16, each the nearest to what the ones before left. Three
+// hold float32, two hold float16, one holds bfloat16, exactly. Nearest, not truncated: a piece is
+// at most 2^-9 of the one before, of either sign, so that the products left out vanish.
 template <int kPieces>
 FK_DEVICE void cut_pair(float2 v, uint32_t (&pieces)[kPieces]) {
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const uint32_t x = __float_as_uint(v.x) & 0xffff0000u, y = __float_as_uint(v.y) & 0xffff0000u;
-    pieces[i] = x >> 16 | y;
-    v = {rest(v.x, __uint_as_float(x)), rest(v.y, __uint_as_float(y))};
+    pieces[i] = ptx::pack<BFloat16>(v.x, v.y);
+    const float2 lead = ptx::unpack<BFloat16>(pieces[i]);
+    v = {rest(v.x, lead.x), rest(v.y, lead.y)};
   }
 }
 

@@ -35,7 +35,7 @@ template <int kStrips>
 FK_DEVICE void store(const Params& p, int64_t first, int rank_begin, float* out,
                      const float (&sums)[kStrips][4]) {
   const GradientParams& call = p.call;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
   for (int j = 0; j < kStrips; ++j) {
 #pragma unroll
@@ -49,26 +49,39 @@ FK_DEVICE void store(const Params& p, int64_t first, int rank_begin, float* out,
 }
 
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kNarrowThreads, 2) gradient_kernel(const Params p) {
+__global__ void __launch_bounds__(NarrowSum<T, kRanks, true>::kThreads, kResident<T, kRanks>)
+    gradient_kernel(const Params p) {
   using Sum = NarrowSum<T, kRanks, true>;
   auto& shared = ptx::shared_storage<typename Sum::Storage>();
   const GradientParams& call = p.call;
   const int adapter = blockIdx.y / p.parts, part = blockIdx.y % p.parts;
   const int64_t first = int64_t{blockIdx.x} * kNarrowTile;
   const Factor right{call.right, true, 1, call.rank, 0};
-  NarrowTask task{call.left, call.left_row, p.aligned, call.order, call.keep, 0, 0,
-                  first,     call.width,    right,     static_cast<int>(blockIdx.z) * kRanks,
-                  call.rank, adapter};
+  NarrowTask task{call.left,
+                  call.left_row,
+                  p.aligned,
+                  call.order,
+                  call.keep,
+                  0,
+                  0,
+                  first,
+                  call.width,
+                  right,
+                  static_cast<int>(blockIdx.z) * kRanks,
+                  call.rank,
+                  adapter};
   cut_rows(p, adapter, part, task.row, task.row_end);
   float sums[Sum::kStrips][4] = {};
   Sum(shared, task).run(sums);
   const int64_t size = call.width * call.rank;
-  store(p, first, task.rank_begin, p.out + (part * call.adapters + adapter) * size, sums);
+  store(p, first, task.rank_begin + Sum::first_rank(),
+        p.out + (part * call.adapters + adapter) * size, sums);
 }
 
 }  // namespace
 
 void gradient(const GradientParams& call, void* workspace, cudaStream_t stream) {
+  if (call.width == 0 || call.rank == 0 || call.adapters == 0) return;
   const int64_t parts = gradient_parts(call.rows, call.width, call.adapters).count;
   const bool direct = parts == 1 && call.out_dtype == DType::kFloat32;
   float* out = static_cast<float*>(direct ? call.out : workspace);
@@ -80,10 +93,15 @@ void gradient(const GradientParams& call, void* workspace, cudaStream_t stream) 
       constexpr int kRanks = decltype(ranks)::value;
       const dim3 grid(divide_up(call.width, kNarrowTile), call.adapters * parts,
                       divide_up(call.rank, kRanks));
-      const size_t bytes = sizeof(typename NarrowSum<T, kRanks, true>::Storage);
-      ptx::launch(gradient_kernel<T, kRanks>, {grid, kNarrowThreads, bytes}, stream, p);
+      using Sum = NarrowSum<T, kRanks, true>;
+      const ptx::LaunchShape shape{grid, Sum::kThreads, sizeof(typename Sum::Storage)};
+      ptx::launch(gradient_kernel<T, kRanks>, shape, stream, p);
     };
-    call.rank <= 16 ? run(std::integral_constant<int, 16>()) : run(std::integral_constant<int, 64>());
+    if (call.rank <= 16) {
+      run(std::integral_constant<int, 16>());
+    } else {
+      run(std::integral_constant<int, 64>());
+    }
   });
   if (!direct) {
     const int64_t size = call.adapters * call.width * call.rank;

@@ -88,4 +88,23 @@ struct ProductParams {
 void product(const ProductParams& p, cudaStream_t stream);        // 16-bit
 void product_float(const ProductParams& p, cudaStream_t stream);  // float32
 
+// decode.cu: y = x W^T + bias + h B^T for few rows, and h = scale * x A^T unless it is there
+// already.
+struct DecodeParams {
+  int rows;
+  int64_t in, out;
+  DType dtype;
+  const void* x;
+  int64_t x_row;
+  const void *weight, *bias;
+  void* y;
+  float* h;
+  Factor a, b;  // i: rank; i: out
+  int rank;
+  float scale;
+  bool shrinks;        // h is computed here; else it is read
+  const int64_t* ids;  // of the rows' adapters, or null
+};
+void decode(const DecodeParams& p, cudaStream_t stream);
+
 }  // namespace flashkern::sm80

@@ -1,15 +1,18 @@
 // A LoRA call as launches.
 //
+//   decode     one launch (decode.cu); several adapters: [sort rows]  shrink  decode
 //   forward    [sort rows]  shrink (x, A -> h)  product (x, W, h, B, bias -> y)
 //   backward   [sort rows]  shrink (dy, B -> dh)  gradient (dy, h -> dB)  gradient (x, dh -> dA)
 //              product (dy, W, dh, A -> dx)
 //
 // Where BLAS has computed the base product, `product` runs without it: y += h B^T.
+#include "lora/gpu.h"
 #include "lora/sm80/kernels.h"
-#include "lora/sm80/launch.h"
 
-namespace flashkern::sm80 {
+namespace flashkern::gpu {
 namespace {
+
+using namespace sm80;
 
 // Pieces of the workspace, one after another.
 struct Workspace {
@@ -55,26 +58,39 @@ int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace
 
-void lora_forward(const LoraForward& p, void* memory, cudaStream_t stream) {
+LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice) {
+  return sm80::lora_base(rows, dtype, forward, choice);
+}
+
+int64_t lora_workspace(const LoraForward& p) { return forward_workspace(p); }
+int64_t lora_workspace(const LoraBackward& p) { return backward_workspace(p); }
+
+void lora_forward(const LoraForward& p, void* memory, GpuStream stream) {
   const LoraAdapters& ad = p.adapters;
   if (p.rows == 0 || p.out == 0) return;
   const int rank = static_cast<int>(ad.rank);
+  const Factor a = factor(ad, ad.a, p.in, 1, p.in), b = factor(ad, ad.b, ad.rank, 1, p.out);
+  auto* h = static_cast<float*>(p.h);
+  const bool few = decode_fits(p), shrinks = few && decode_shrinks(p);
   Workspace workspace{static_cast<char*>(memory)};
   const RowOrder order = sorted(ad, p.rows, workspace, stream);
-  const bool blas = p.base == LoraBase::kBlas;
-  if (rank > 0) {
-    shrink({p.rows, p.in, p.dtype, p.x, p.x_row, factor(ad, ad.a, p.in, 1, p.in), rank,
-            static_cast<float*>(p.h), host_scale(ad), ad.ids != nullptr ? ad.scale : nullptr,
-            order, Keep(p.dropout)},
+  if (rank > 0 && !shrinks) {
+    shrink({p.rows, p.in, p.dtype, p.x, p.x_row, a, rank, h, host_scale(ad),
+            ad.ids != nullptr ? ad.scale : nullptr, order, Keep(p.dropout)},
            workspace.next, stream);
   }
+  if (few) {
+    return decode({static_cast<int>(p.rows), p.in, p.out, p.dtype, p.x, p.x_row, p.weight, p.bias,
+                   p.y, h, a, b, rank, host_scale(ad), shrinks, ad.ids},
+                  stream);
+  }
+  const bool blas = p.base == LoraBase::kBlas;
   run_product({p.rows, p.out, blas ? 0 : p.in, p.dtype, p.x, p.x_row, p.weight, true,
-               blas ? nullptr : p.bias, p.y, blas, rank > 0 ? static_cast<float*>(p.h) : nullptr,
-               factor(ad, ad.b, ad.rank, 1, p.out), rank, order, Keep()},
+               blas ? nullptr : p.bias, p.y, blas, rank > 0 ? h : nullptr, b, rank, order, Keep()},
               stream);
 }
 
-void lora_backward(const LoraBackward& p, void* memory, cudaStream_t stream) {
+void lora_backward(const LoraBackward& p, void* memory, GpuStream stream) {
   const LoraAdapters& ad = p.adapters;
   const int rank = static_cast<int>(ad.rank);
   if (p.rows == 0) {
@@ -108,4 +124,4 @@ void lora_backward(const LoraBackward& p, void* memory, cudaStream_t stream) {
   }
 }
 
-}  // namespace flashkern::sm80
+}  // namespace flashkern::gpu

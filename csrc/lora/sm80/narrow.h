@@ -4,8 +4,8 @@
 //   shrink      out[i, j] = sum over columns k of   left[i, k] right[j, k]     left: x, dy
 //   gradient    out[i, j] = sum over rows k of      left[k, i] right[j, k]     left: x, dy
 //
-// Tile and warps: 64 of i by kRanks of j, four warps of 16 x kRanks; a step is 128 bytes deep (64
-// 16-bit elements, 32 floats).
+// Tile and warps: 64 of i by kRanks of j; four warps of 16 x 16 (kRanks 16) or eight of 16 x 32
+// (64); a step is 128 bytes deep (64 16-bit elements, 32 floats).
 //
 //   left tile            shrink: 64 rows x 128 bytes          gradient: 64 (32) rows x 64 columns
 //   right planes         3 x kRanks x depth bfloat16          made from registers, one step ahead
@@ -13,11 +13,11 @@
 // Shared memory: 3 stages x 8 KiB + 3 planes x 2 KiB (kRanks 16) or 8 KiB (64): 30 or 48 KiB.
 // Pipeline: copy step s + 2 | cut right, drop left of step s | load right of s + 1, multiply s.
 //
-// Numerics: operands are cut into bfloat16 pieces of 8 bits each (1 for bfloat16, 2 for float16, 3
-// for float32), exactly, and all products of pieces that reach 2^-24 of the result are summed.
-// Tensor cores add with truncation, so a step's sum starts at zero and joins the whole by a rounded
-// addition. Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype for
-// Higher-Precision Computations (arXiv 1904.06376).
+// Numerics: operands are cut into bfloat16 pieces (1 for bfloat16, 2 for float16, 3 for float32),
+// exactly, and all products of pieces that reach 2^-24 of the result are summed: float32's own
+// error. Tensor cores add with truncation, so a step's sum starts at zero and joins the whole by a
+// rounded addition. Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype
+// for Higher-Precision Computations (arXiv 1904.06376).
 #pragma once
 
 #include "lora/sm80/common.h"
@@ -25,7 +25,6 @@
 
 namespace flashkern::sm80 {
 
-inline constexpr int kNarrowThreads = 128;
 inline constexpr int kNarrowStages = 3;
 inline constexpr int kRightPieces = 3;
 
@@ -35,6 +34,10 @@ template <>
 inline constexpr int kLeftPieces<BFloat16> = 1;
 template <>
 inline constexpr int kLeftPieces<Half> = 2;
+
+// Blocks on a multiprocessor that the registers must allow: what hides the memory's latency.
+template <class T, int kRanks>
+inline constexpr int kResident = kRanks <= 16 ? 3 : 1;
 
 // Rows [row, row_end) by columns [column, column_end) of the wide operand; rows are positions.
 struct NarrowTask {
@@ -54,10 +57,11 @@ struct NarrowSum {
   static constexpr int kDepth = 128 / sizeof(T);
   static constexpr int kRows = kGradient ? kDepth : kNarrowTile;
   static constexpr int kColumns = kGradient ? kNarrowTile : kDepth;
-  static constexpr int kStrips = kRanks / 8;
-  static constexpr int kAhead = kRanks * kDepth / kNarrowThreads;
+  static constexpr int kThreads = kRanks > 16 ? 256 : 128;
+  static constexpr int kStrips = kRanks * 16 / kThreads;  // of 8 columns, a warp's
+  static constexpr int kAhead = kRanks * kDepth / kThreads;
   static constexpr int kPieces = kLeftPieces<T>;
-  static constexpr int kUnroll = kRanks > 16 ? 1 : kDepth / 16;  // registers
+  static constexpr int kUnroll = kRanks > 16 ? 1 : kDepth / 16;  // more would spill
 
   struct Storage {
     alignas(1024) T left[kNarrowStages][kNarrowTile * kDepth];
@@ -69,6 +73,10 @@ struct NarrowSum {
   float ahead[kAhead];
 
   FK_DEVICE NarrowSum(Storage& s, const NarrowTask& t) : shared(s), task(t) {}
+
+  // Where this warp's 16 x 8 kStrips of the block's result begin.
+  FK_DEVICE static int first_left() { return threadIdx.x / 32 % 4 * 16; }
+  FK_DEVICE static int first_rank() { return threadIdx.x / 128 * 8 * kStrips; }
 
   FK_DEVICE int steps() const {
     const int64_t depth = kGradient ? task.row_end - task.row : task.column_end - task.column;
@@ -85,7 +93,7 @@ struct NarrowSum {
     constexpr int kChunks = kColumns / kChunk<T>;
     const auto* left = static_cast<const T*>(task.left);
     T* tile = shared.left[step % kNarrowStages];
-    for (int i = threadIdx.x; step < steps() && i < kRows * kChunks; i += kNarrowThreads) {
+    for (int i = threadIdx.x; step < steps() && i < kRows * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       const int64_t position = first_row(step) + row;
       const int64_t column = first_column(step) + chunk * kChunk<T>;
@@ -101,7 +109,7 @@ struct NarrowSum {
   FK_DEVICE void drop(int step) {
     T* tile = shared.left[step % kNarrowStages];
     constexpr int kQuads = kColumns / 4;
-    for (int i = threadIdx.x; i < kRows * kQuads; i += kNarrowThreads) {
+    for (int i = threadIdx.x; i < kRows * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
       const int64_t position = first_row(step) + row;
       if (position >= task.row_end) break;
@@ -115,9 +123,9 @@ struct NarrowSum {
     }
   }
 
-  // Rows 16 w .. 16 w + 15 of `out`, 16 deep from k on, in pieces.
+  // The warp's 16 rows, 16 deep from k on, in pieces.
   FK_DEVICE void load_left(const T* tile, int k, uint32_t (&left)[kPieces][4]) const {
-    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+    const int lane = threadIdx.x % 32, first = first_left();
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -161,7 +169,7 @@ struct NarrowSum {
 
   // This thread's i-th element of a right tile: consecutive threads read consecutive numbers.
   FK_DEVICE void place(int i, int& j, int& k) const {
-    const int index = i * kNarrowThreads + threadIdx.x;
+    const int index = i * kThreads + threadIdx.x;
     const bool along = task.right.k_step == 1;
     j = along ? index / kDepth : index % kRanks;
     k = along ? index % kDepth : index / kRanks;
@@ -174,8 +182,8 @@ struct NarrowSum {
     int j, k;
     place(0, j, k);
     const bool along = right.k_step == 1;
-    const int j_ahead = along ? kNarrowThreads / kDepth : 0;  // from one element to the next
-    const int k_ahead = along ? 0 : kNarrowThreads / kRanks;
+    const int j_ahead = along ? kThreads / kDepth : 0;  // from one element to the next
+    const int k_ahead = along ? 0 : kThreads / kRanks;
     int64_t offset = right.offset(task.adapter, task.rank_begin + j, begin + k);
     const int64_t offset_ahead = j_ahead * right.i_step + k_ahead * right.k_step;
 #pragma unroll
@@ -212,7 +220,8 @@ struct NarrowSum {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < kStrips; j += 2) {
-      const int row = 8 * j + lane / 16 * 8 + lane % 8, chunk = k / 8 + lane / 8 % 2;
+      const int row = first_rank() + 8 * j + lane / 16 * 8 + lane % 8;
+      const int chunk = k / 8 + lane / 8 % 2;
       uint32_t four[4];
       ptx::ldmatrix(four, shared.right[piece] + tile_offset<BFloat16, kDepth>(row, chunk));
       right[j][0] = four[0], right[j][1] = four[1];
@@ -245,7 +254,7 @@ struct NarrowSum {
     }
   }
 
-  // sums[j][e]: row 16 w + g + 8 (e / 2), column 8 j + 2 t + e % 2.
+  // sums[j][e]: row first_left() + g + 8 (e / 2), column first_rank() + 8 j + 2 t + e % 2.
   FK_DEVICE void run(float (&sums)[kStrips][4]) {
     const int count = steps();
     __syncthreads();  // whoever used this memory before has finished

@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kThreads)
 void sort_rows(const int64_t* ids, int64_t rows, int64_t count, int* order, int* starts,
                cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(count + 1);
-  ptx::launch(sort_kernel, {blocks, kThreads, sizeof(Storage)}, stream, ids,
-              static_cast<int>(rows), order, starts);
+  ptx::launch(sort_kernel, {blocks, kThreads, sizeof(Storage)}, stream, ids, static_cast<int>(rows),
+              order, starts);
 }
 
 }  // namespace flashkern::sm80

@@ -9,7 +9,7 @@
 
 namespace flashkern::sm80 {
 
-inline constexpr int kNarrowTile = 64;        // rows of h, or columns of dA and dB, of one block
+inline constexpr int kNarrowTile = 64;         // rows of h, or columns of dA and dB, of one block
 inline constexpr int64_t kNarrowBlocks = 264;  // two for each multiprocessor of an H100
 inline constexpr int64_t kMaxParts = 16;
 
@@ -71,12 +71,31 @@ inline int64_t backward_workspace(const LoraBackward& p) {
   return order_bytes(p.rows, ad) + dh + parts;
 }
 
-// Who computes the base product on a GPU: 16-bit dtypes run on tensor cores here, with the adapter
-// in the same sum; a float32 product runs on plain FMAs, where cuBLAS is the better one.
-inline LoraBase lora_base(DType dtype, LoraChoice choice) {
+// ---- the base product ----
+
+inline constexpr int64_t kDecodeRows = 64, kDecodeRank = 64;
+
+// Who computes the base product on a GPU. 16-bit dtypes run on tensor cores here, with the adapter
+// in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A float32 product
+// here runs on plain FMAs, where cuBLAS is the better one.
+inline LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice) {
   if (choice == LoraChoice::kBlas) return LoraBase::kBlas;
-  if (choice == LoraChoice::kOwn) return LoraBase::kTiles;
-  return dtype == DType::kFloat32 ? LoraBase::kBlas : LoraBase::kTiles;
+  if (dtype == DType::kFloat32) {
+    return choice == LoraChoice::kOwn ? LoraBase::kTiles : LoraBase::kBlas;
+  }
+  return forward && rows <= kDecodeRows ? LoraBase::kFew : LoraBase::kTiles;
+}
+
+// What decode.cu takes beyond its rows; other calls run as tiles.
+inline bool decode_fits(const LoraForward& p) {
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  return p.base == LoraBase::kFew && p.rows <= kDecodeRows && p.dtype != DType::kFloat32 &&
+         p.in % 8 == 0 && p.x_row % 8 == 0 && aligned(p.x) && aligned(p.weight);
+}
+
+// And where it computes h too; else the shrink has gone before.
+inline bool decode_shrinks(const LoraForward& p) {
+  return p.adapters.ids == nullptr && p.adapters.rank <= kDecodeRank && p.dropout.threshold == 0;
 }
 
 }  // namespace flashkern::sm80

@@ -73,44 +73,41 @@ struct Place {
 // ---- copies ----
 
 // A thread's four chunks of a tile: 128 rows of 4 chunks (along the depth), or 32 rows of 16.
+// `row_of(i, row)` is where in the matrix the tile's row lies, the i-th of this thread; -1:
+// nowhere.
+template <class T, bool kAlong, class RowOf>
+FK_DEVICE void copy_tile(T* tile, const void* matrix, int64_t pitch, int64_t column,
+                         int64_t columns, bool aligned, RowOf&& row_of) {
+  constexpr int kWidth = kAlong ? kDepth : kTile, kChunks = kWidth / 8;
+  const int chunk = threadIdx.x % kChunks;
+  const int exist = clamp_count(columns - column - 8 * chunk, 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = threadIdx.x / kChunks + i * (kThreads / kChunks);
+    const int64_t from = row_of(i, row);
+    const int count = from >= 0 ? exist : 0;
+    const int64_t offset = count > 0 ? from * pitch + column + 8 * chunk : 0;
+    copy_chunk(tile + tile_offset<T, kWidth>(row, chunk), static_cast<const T*>(matrix) + offset,
+               count, aligned);
+  }
+}
+
 template <class T, bool kAlong>
-struct Copy {
-  static constexpr int kWidth = kAlong ? kDepth : kTile;
-  static constexpr int kChunks = kWidth / 8, kRows = kThreads / kChunks;
-
-  const T* from[4];
-  unsigned count = 0;  // elements that exist across the depth: four bits for each chunk
-  int64_t step;
-  bool aligned;
-
-  // `row_of(i)` is where row i of the tile starts, or null past the end.
-  template <class RowOf>
-  FK_DEVICE Copy(RowOf&& row_of, int64_t first_column, int64_t columns, int64_t step, bool aligned)
-      : step(step), aligned(aligned) {
-    const int64_t column = first_column + threadIdx.x % kChunks * 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      from[i] = row_of(static_cast<int>(threadIdx.x) / kChunks + i * kRows);
-      const int exist = from[i] == nullptr ? 0 : kAlong ? 8 : clamp_count(columns - column, 8);
-      if (exist > 0) from[i] += column;
-      count |= exist << 4 * i;
-    }
+FK_DEVICE void copy_step(typename Storage<T>::Stage& stage, const Params& p, const Place& at,
+                         const int (&rows)[4], int64_t k) {
+  const ProductParams& call = p.call;
+  copy_tile<T, true>(stage.left, call.left, call.left_row, k, call.depth, p.left_aligned,
+                     [&](int i, int) { return rows[i]; });
+  if constexpr (kAlong) {
+    copy_tile<T, true>(
+        stage.right, call.weight, call.depth, k, call.depth, p.weight_aligned,
+        [&](int, int row) { return at.column + row < call.columns ? at.column + row : -1; });
+  } else {
+    copy_tile<T, false>(stage.right, call.weight, call.columns, at.column, call.columns,
+                        p.weight_aligned,
+                        [&](int, int row) { return k + row < call.depth ? k + row : -1; });
   }
-
-  // `depth` is what is left of it; advances.
-  FK_DEVICE void run(T* tile, int64_t depth) {
-    const int chunk = threadIdx.x % kChunks;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = threadIdx.x / kChunks + i * kRows;
-      int exist = count >> 4 * i & 15;
-      if (kAlong) exist = min(exist, clamp_count(depth - 8 * chunk, 8));
-      if (!kAlong && row >= depth) exist = 0;
-      copy_chunk(tile + tile_offset<T, kWidth>(row, chunk), from[i], exist, aligned);
-      from[i] += step;
-    }
-  }
-};
+}
 
 // ---- products ----
 
@@ -304,25 +301,15 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params p) {
   const ProductParams& call = p.call;
   const Place at(call);
   const int steps = static_cast<int>((call.depth + kDepth - 1) / kDepth);
-  Copy<T, true> left(
-      [&](int i) -> const T* {
-        if (at.row + i >= call.rows) return nullptr;
-        return static_cast<const T*>(call.left) + call.order.row(at.row + i) * call.left_row;
-      },
-      0, 0, kDepth, p.left_aligned);
-  Copy<T, kAlong> right(
-      [&](int i) -> const T* {
-        if (kAlong && at.column + i >= call.columns) return nullptr;
-        return static_cast<const T*>(call.weight) +
-               (kAlong ? (at.column + i) * call.depth : i * call.columns);
-      },
-      kAlong ? 0 : at.column, call.columns, kAlong ? kDepth : kDepth * call.columns,
-      p.weight_aligned);
+  int rows[4];  // of x, that this thread copies
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t position = at.row + threadIdx.x / 4 + i * 32;
+    rows[i] = position < call.rows ? static_cast<int>(call.order.row(position)) : -1;
+  }
   const auto copy = [&](int step) {
     if (step < steps) {
-      const int64_t depth = call.depth - int64_t{step} * kDepth;
-      left.run(shared.stage[step % kStages].left, depth);
-      right.run(shared.stage[step % kStages].right, depth);
+      copy_step<T, kAlong>(shared.stage[step % kStages], p, at, rows, int64_t{step} * kDepth);
     }
     ptx::copy_commit();
   };
@@ -330,7 +317,9 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params p) {
   Sums sums = {};
   if (call.low != nullptr) {
     add_adapters<T>(shared.stage[kStages - 1], call, at, sums);
-    if (!call.keep.all) drop(call, at, sums);
+    if constexpr (!kAlong) {  // dx's alone: y has h, where dropout has been
+      if (!call.keep.all) drop(call, at, sums);
+    }
   }
   for (int s = 0; s < steps; ++s) {
     ptx::copy_wait<kStages - 2>();
@@ -368,6 +357,7 @@ void run(const ProductParams& call, cudaStream_t stream) {
 }  // namespace
 
 void product(const ProductParams& call, cudaStream_t stream) {
+  if (call.rows == 0 || call.columns == 0) return;
   call.dtype == DType::kFloat16 ? run<Half>(call, stream) : run<BFloat16>(call, stream);
 }
 

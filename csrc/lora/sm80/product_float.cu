@@ -5,8 +5,8 @@
 // Tile and threads: 64 x 64 of y, 16 x 16 threads of 4 x 4, a step 16 deep.
 // Shared memory: x^T and W^T tiles of 16 x 68 floats, 8.5 KiB. The next step's numbers are on their
 // way to registers while a step is multiplied.
-// Numerics: one float32 sum for each number, the adapter's terms first (dropout masks them), then
-// the base product's in the order of the depth, then the bias.
+// Numerics: float32 sums of 16 terms each, added in the order of the depth, so that no chain is
+// long: the adapter's first (dropout masks them), then the base product's, then the bias.
 #include "lora/sm80/kernels.h"
 #include "ptx/launch.h"
 
@@ -60,6 +60,7 @@ FK_DEVICE void add_term(Storage& shared, const Term& term, Left&& left_at, Right
     }
     __syncthreads();
     if (first + kDepth < term.depth) load(first + kDepth);
+    float part[4][4] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
       const float4 a = *reinterpret_cast<const float4*>(&shared.left[k][row]);
@@ -68,8 +69,13 @@ FK_DEVICE void add_term(Storage& shared, const Term& term, Left&& left_at, Right
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][j] = __fmaf_rn(as[i], bs[j], sums[i][j]);
+        for (int j = 0; j < 4; ++j) part[i][j] = __fmaf_rn(as[i], bs[j], part[i][j]);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] += part[i][j];
     }
   }
 }
@@ -160,6 +166,7 @@ __global__ void __launch_bounds__(kThreads) product_float_kernel(const ProductPa
 }  // namespace
 
 void product_float(const ProductParams& call, cudaStream_t stream) {
+  if (call.rows == 0 || call.columns == 0) return;
   const auto blocks =
       static_cast<unsigned>(divide_up(call.rows, kTile) * divide_up(call.columns, kTile));
   ptx::launch(product_float_kernel, {blocks, kThreads, sizeof(Storage)}, stream, call);

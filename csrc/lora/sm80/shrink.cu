@@ -29,7 +29,7 @@ template <int kStrips>
 FK_DEVICE void store(const Params& p, int64_t first, int adapter, int rank_begin,
                      const float (&sums)[kStrips][4]) {
   const ShrinkParams& call = p.call;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
   float scale = call.scale;
   if (call.scales != nullptr && adapter >= 0) scale = static_cast<float>(call.scales[adapter]);
   float* out = p.out + int64_t{blockIdx.y} * call.rows * call.rank;
@@ -50,16 +50,27 @@ FK_DEVICE void store(const Params& p, int64_t first, int adapter, int rank_begin
 }
 
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kNarrowThreads, 2) shrink_kernel(const Params p) {
+__global__ void __launch_bounds__(NarrowSum<T, kRanks, false>::kThreads, kResident<T, kRanks>)
+    shrink_kernel(const Params p) {
   using Sum = NarrowSum<T, kRanks, false>;
   auto& shared = ptx::shared_storage<typename Sum::Storage>();
   const ShrinkParams& call = p.call;
   const int64_t first = int64_t{blockIdx.x} * kNarrowTile;
   const int64_t last = min(first + kNarrowTile, call.rows) - 1;
   const int64_t begin = blockIdx.y * p.part_depth, end = min(begin + p.part_depth, call.depth);
-  NarrowTask task{call.left, call.left_row, p.aligned, call.order, call.keep,
-                  first,     last + 1,      begin,     end,        call.right,
-                  static_cast<int>(blockIdx.z) * kRanks, call.rank, 0};
+  NarrowTask task{call.left,
+                  call.left_row,
+                  p.aligned,
+                  call.order,
+                  call.keep,
+                  first,
+                  last + 1,
+                  begin,
+                  end,
+                  call.right,
+                  static_cast<int>(blockIdx.z) * kRanks,
+                  call.rank,
+                  0};
   const int from = call.order.adapter(first), to = call.order.adapter(last);
   for (int adapter = from; adapter <= to; ++adapter) {
     float sums[Sum::kStrips][4] = {};
@@ -68,13 +79,14 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) shrink_kernel(const Params 
       task.adapter = adapter;
       Sum(shared, task).run(sums);
     }
-    store(p, first, adapter, task.rank_begin, sums);
+    store(p, first, adapter, task.rank_begin + Sum::first_rank(), sums);
   }
 }
 
 }  // namespace
 
 void shrink(const ShrinkParams& call, void* workspace, cudaStream_t stream) {
+  if (call.rows == 0 || call.rank == 0) return;
   const Parts parts = shrink_parts(call.rows, call.depth);
   float* out = parts.count > 1 ? static_cast<float*>(workspace) : call.out;
   for_dtype(call.dtype, [&](auto* type) {
@@ -83,12 +95,16 @@ void shrink(const ShrinkParams& call, void* workspace, cudaStream_t stream) {
     const Params p{call, fits, parts.step, out};
     const auto run = [&](auto ranks) {
       constexpr int kRanks = decltype(ranks)::value;
-      const dim3 grid(divide_up(call.rows, kNarrowTile), parts.count,
-                      divide_up(call.rank, kRanks));
-      const size_t bytes = sizeof(typename NarrowSum<T, kRanks, false>::Storage);
-      ptx::launch(shrink_kernel<T, kRanks>, {grid, kNarrowThreads, bytes}, stream, p);
+      const dim3 grid(divide_up(call.rows, kNarrowTile), parts.count, divide_up(call.rank, kRanks));
+      using Sum = NarrowSum<T, kRanks, false>;
+      const ptx::LaunchShape shape{grid, Sum::kThreads, sizeof(typename Sum::Storage)};
+      ptx::launch(shrink_kernel<T, kRanks>, shape, stream, p);
     };
-    call.rank <= 16 ? run(std::integral_constant<int, 16>()) : run(std::integral_constant<int, 64>());
+    if (call.rank <= 16) {
+      run(std::integral_constant<int, 16>());
+    } else {
+      run(std::integral_constant<int, 64>());
+    }
   });
   if (parts.count > 1) {
     add_parts(out, parts.count, call.rows * call.rank, call.out, DType::kFloat32, stream);
