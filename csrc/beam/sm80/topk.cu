@@ -1,7 +1,7 @@
 // The k best continuations of every batch row's beams: log-softmax, beam scores and top-k in one
 // launch and one read of the logits.
 //
-//   scan     every block: spans of 4 chunks of 512 logits, a warp each. Leaves each chunk's greatest
+//   scan     every block: spans of 4 chunks of 512 logits, a warp each. Leaves a chunk's greatest
 //            logit and each span's (greatest, sum of exponentials) in the workspace (scan.h)
 //   ticket   the block of a batch row that comes last chooses for the row; the others are done
 //   rank     the beams' log-sum-exp; the score of each chunk's greatest logit; the k-th best of
