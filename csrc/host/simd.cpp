@@ -23,7 +23,7 @@ void use(const std::string& isa) {
 Floats map(const std::string& isa, const std::string& function, const Floats& in) {
   static const std::map<std::string, SimdFunction> functions = {
       {"exp", SimdFunction::kExp},
-      {"exp2", SimdFunction::kExp2},
+      {"exp2_below_zero", SimdFunction::kExp2BelowZero},
       {"tanh", SimdFunction::kTanh},
       {"bfloat16", SimdFunction::kBFloat16},
       {"float16", SimdFunction::kHalf}};

@@ -8,7 +8,7 @@
 
 namespace flashkern {
 
-enum class SimdFunction { kExp, kExp2, kTanh, kBFloat16, kHalf };
+enum class SimdFunction { kExp, kExp2BelowZero, kTanh, kBFloat16, kHalf };
 
 // out[i] = function(in[i]); the two storage types are rounded to and widened again.
 struct SimdMapParams {

@@ -1,4 +1,4 @@
-// exp, exp2 and tanh on vectors. Polynomials are minimax fits of relative error; each function's
+// exp, 2^x and tanh on vectors. Polynomials are minimax fits of relative error; each function's
 // error bound stands beside it and a test holds it over the whole range.
 #pragma once
 
@@ -21,34 +21,20 @@ inline Rounded round_to_int(VecF x) {
 // 2^n for n in [-127, 128]: 0 at -127, infinity at 128.
 inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23); }
 
-// 2^x to 2.5 ulp; 0 below -126.5, infinity above 127.5, NaN stays.
-inline VecF exp2(VecF x) {
-  const VecF low = broadcast(-127.f), high = broadcast(128.f);
-  x = x < low ? low : x;  // comparisons with NaN are false: NaN passes through
-  x = x > high ? high : x;
-  const Rounded n = round_to_int(x);
-  const VecF f = x - n.value;
-  VecF p = broadcast(1.3264723820611835e-3f);
-  p = fma(p, f, broadcast(9.671512991189957e-3f));
-  p = fma(p, f, broadcast(5.550733581185341e-2f));
-  p = fma(p, f, broadcast(2.4022242426872253e-1f));
-  p = fma(p, f, broadcast(6.931470036506653e-1f));
-  p = fma(p, f, broadcast(1.f));
-  return p * power_of_two(n.integer);
-}
-
-// 2^x for x <= 0, as a softmax needs it: 2 ulp, exactly 0 below -125, NaN stays. Cheaper than exp2:
-// what lies below the threshold may overflow on the way, since it is thrown away.
+// 2^x for x <= 0, as a softmax needs it: 2.5 ulp, exactly 0 below -125, and every NaN stays (the
+// factor 2^n multiplies: added to the exponent's bits it would turn some NaNs into numbers). What
+// lies below the threshold may overflow on the way, since it is thrown away.
 inline VecF exp2_below_zero(VecF x) {
-  const VecF shifted = x + 0x1.8p23f;
-  const VecF f = x - (shifted - 0x1.8p23f);
+  const VecF magic = broadcast(0x1.8p23f + 127.f);  // << 23 then makes n + 127 the bits of 2^n
+  const VecF shifted = x + magic;
+  const VecF f = x - (shifted - magic);
   VecF p = broadcast(1.3264723820611835e-3f);
   p = fma(p, f, broadcast(9.671512991189957e-3f));
   p = fma(p, f, broadcast(5.550733581185341e-2f));
   p = fma(p, f, broadcast(2.4022242426872253e-1f));
   p = fma(p, f, broadcast(6.931470036506653e-1f));
   p = fma(p, f, broadcast(1.f));
-  const VecF scaled = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  const VecF scaled = p * bits_to_float(float_to_bits(shifted) << 23);
   return x < -125.f ? VecF{} : scaled;
 }
 

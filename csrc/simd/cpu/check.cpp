@@ -18,8 +18,8 @@ VecF apply(SimdFunction function, VecF x) {
   switch (function) {
     case SimdFunction::kExp:
       return exp(x);
-    case SimdFunction::kExp2:
-      return exp2(x);
+    case SimdFunction::kExp2BelowZero:
+      return exp2_below_zero(x);
     case SimdFunction::kTanh:
       return tanh(x);
     case SimdFunction::kBFloat16:
