@@ -44,6 +44,9 @@ struct Interval {
   int64_t size() const { return empty() ? 0 : end - begin; }
 };
 
+// A window that reaches beyond every sequence, and that can be added to a row without overflow.
+inline constexpr int64_t kUnreachable = int64_t{1} << 40;
+
 // The mask of one sequence. Both ends of keys(i) grow with i, so the first and the last row of a
 // block of rows bound all of it.
 struct Band {
@@ -53,8 +56,8 @@ struct Band {
       : q_length(s.q_length),
         k_length(s.k_length),
         offset(s.offset),
-        left(p.window_left),
-        right(p.window_right) {}
+        left(std::min(p.window_left, kUnreachable)),
+        right(std::min(p.window_right, kUnreachable)) {}
 
   int64_t first_key(int64_t row) const {
     return left < 0 ? 0 : std::clamp<int64_t>(row + offset - left, 0, k_length);

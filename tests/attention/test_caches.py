@@ -54,6 +54,13 @@ def test_cache_with_append_and_pages(isa: str, rows: int, dtype: torch.dtype) ->
     assert torch.equal(reference.gather_pages(paged[1], table)[2, :, 700 : 700 + rows], v[2])
 
 
+def test_window_wider_than_any_sequence(isa: str) -> None:
+    query, key, value = (torch.randn(1, 2, rows, 16) for rows in (9, 5, 5))
+    want = fk.attention(query, key, value)
+    for window in ((2**63 - 1, None), (None, 2**63 - 1), (2**63 - 1, 2**63 - 1)):
+        assert torch.equal(want, fk.attention(query, key, value, window=window))
+
+
 def test_merge_is_the_whole(isa: str) -> None:
     query, key, value = (torch.randn(2, 4, 33, 64, requires_grad=True) for _ in range(3))
     whole, lse = fk.attention(query, key, value, return_lse=True)
