@@ -123,7 +123,7 @@ def attention_varlen(
 
     Sequence b has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys
     ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1]``. Each is an :func:`attention` of its own, and
-    its diagonal ends at its own last key.
+    its diagonal ends at its own last key. Rows of ``query`` that no sequence holds give 0.
 
     Args:
         query: (Tq, H, D), the rows of all sequences.
@@ -144,7 +144,7 @@ def attention_varlen(
     Raises:
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number.
-        RuntimeError: cu_seqlens that fall, or leave the tensors.
+        RuntimeError: cu_seqlens that fall, leave the tensors or pass max_seqlen.
 
     Example:
         >>> import torch, flashkern as fk

@@ -11,8 +11,8 @@
 
 namespace flashkern::attention {
 
-// Keys of one step of the online softmax. 128 keys by 16 queries of scores are 8 KiB: they stay in
-// L1 between the two products.
+// Keys of one step of the online softmax. With a panel's 8 to 32 queries their scores are 4 to 16
+// KiB, which stay in L1 between the two products.
 inline constexpr int64_t kKeyBlock = 128;
 
 // Up to this many query rows of a KV head (its heads times their queries) the kernel streams the
@@ -22,7 +22,6 @@ inline constexpr int64_t kDecodeRows = 8;
 // Rows of the matrix kernel's task: packed queries, outputs and a block of keys and values fit half
 // of an L2 of 512 KiB. A multiple of 32, the widest panel.
 inline constexpr int64_t kMaxTaskRows = 128;
-inline constexpr int64_t kMinTaskRows = 64;
 
 // The cache is split only where there are too few rows to keep a machine busy without it.
 inline constexpr int64_t kSplitRows = 64;

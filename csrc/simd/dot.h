@@ -9,29 +9,34 @@ namespace flashkern::FK_ISA {
 
 using Vec4 = float __attribute__((vector_size(16)));
 
-inline Vec4 quarter(VecF x, int i) {
-  Vec4 part;
-  std::memcpy(&part, reinterpret_cast<const char*>(&x) + 16 * i, 16);
-  return part;
+// Within each four lanes of a and b: a0 b0 a1 b1 | a2 b2 a3 b3, and a0 a1 b0 b1 | a2 a3 b2 b3. (GCC
+// 11 has __builtin_shuffle only.)
+struct Pair {
+  VecF low, high;
+};
+template <int... I>
+inline Pair zip_lanes(VecF a, VecF b, std::integer_sequence<int, I...>) {
+  return {__builtin_shuffle(a, b, VecI{(I & ~3) + I % 4 / 2 + I % 2 * kLanes...}),
+          __builtin_shuffle(a, b, VecI{(I & ~3) + I % 4 / 2 + 2 + I % 2 * kLanes...})};
 }
-
-// a0 + a1, a2 + a3, b0 + b1, b2 + b3. (GCC 11 has __builtin_shuffle only.)
-inline Vec4 sum_neighbours(Vec4 a, Vec4 b) {
-  using Lanes = int32_t __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, Lanes{0, 2, 4, 6}) + __builtin_shuffle(a, b, Lanes{1, 3, 5, 7});
+template <int... I>
+inline Pair zip_pairs(VecF a, VecF b, std::integer_sequence<int, I...>) {
+  return {__builtin_shuffle(a, b, VecI{(I & ~3) + I % 2 + I % 4 / 2 * kLanes...}),
+          __builtin_shuffle(a, b, VecI{(I & ~3) + I % 2 + 2 + I % 4 / 2 * kLanes...})};
 }
 
 // The sums of four vectors, side by side.
 inline Vec4 sum_lanes(VecF a, VecF b, VecF c, VecF d) {
-  Vec4 x[4] = {quarter(a, 0), quarter(b, 0), quarter(c, 0), quarter(d, 0)};
-  for (int i = 1; i < kLanes / 4; ++i) {
-    x[0] += quarter(a, i);
-    x[1] += quarter(b, i);
-    x[2] += quarter(c, i);
-    x[3] += quarter(d, i);
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  const Pair ab = zip_lanes(a, b, lanes), cd = zip_lanes(c, d, lanes);
+  const Pair both = zip_pairs(ab.low + ab.high, cd.low + cd.high, lanes);
+  const VecF quarters = both.low + both.high;
+  Vec4 part[kLanes / 4];
+  std::memcpy(part, &quarters, sizeof quarters);
+  for (int half = kLanes / 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
   }
-  const Vec4 ab = sum_neighbours(x[0], x[1]), cd = sum_neighbours(x[2], x[3]);
-  return sum_neighbours(ab, cd);
+  return part[0];
 }
 
 // Columns that kRows rows meet at once: 8 to 24 accumulators, whole groups of four, enough to keep

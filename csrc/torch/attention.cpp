@@ -1,5 +1,7 @@
 #include "torch/attention.h"
 
+#include <limits>
+
 #include "attention/cpu/forward.h"
 #include "attention/gpu.h"
 #include "torch/device.h"
@@ -80,12 +82,19 @@ void set_alibi(Problem& p, const OptionalTensor& slopes) {
   p.alibi_batch = slopes->dim() == 2 ? broadcast_stride(*slopes, 0) : 0;
 }
 
-// On a GPU nobody looks: that would wait for the stream, and no graph could capture the call.
-void check_cu_seqlens(const char* name, const Tensor& t, int64_t batch, int64_t rows) {
+// A bias is read up to `longest` rows or columns. On a GPU nobody looks: that would wait for the
+// stream, and no graph could capture the call.
+void check_cu_seqlens(const char* name, const Tensor& t, int64_t batch, int64_t rows,
+                      int64_t longest) {
   if (!host_readable(t)) return;
   const auto* cu = static_cast<const int32_t*>(t.const_data_ptr());
   bool good = t.size(0) == batch + 1 && cu[0] >= 0 && cu[batch] <= rows;
-  for (int64_t b = 0; good && b < batch; ++b) good = cu[b] <= cu[b + 1];
+  for (int64_t b = 0; good && b < batch; ++b) {
+    good = cu[b] <= cu[b + 1];
+    STD_TORCH_CHECK(int64_t{cu[b + 1]} - cu[b] <= longest, "attention: ", name,
+                    " must hold sequences of max_seqlen = ", longest, " at most, got ",
+                    int64_t{cu[b + 1]} - cu[b]);
+  }
   STD_TORCH_CHECK(good, "attention: ", name, " must rise from 0 to the ", rows, " rows at most");
 }
 
@@ -106,8 +115,8 @@ void check_pages(const int32_t* table, int64_t row, int64_t batch, int64_t colum
 void set_packed(Problem& p, const AttentionArguments& a) {
   STD_TORCH_CHECK(a.cu_seqlens_k.has_value(), "attention: cu_seqlens_k must be given too");
   p.batch = a.cu_seqlens_q->size(0) - 1;
-  check_cu_seqlens("cu_seqlens_q", *a.cu_seqlens_q, p.batch, a.query.size(0));
-  check_cu_seqlens("cu_seqlens_k", *a.cu_seqlens_k, p.batch, a.key.size(0));
+  check_cu_seqlens("cu_seqlens_q", *a.cu_seqlens_q, p.batch, a.query.size(0), a.max_seqlen_q);
+  check_cu_seqlens("cu_seqlens_k", *a.cu_seqlens_k, p.batch, a.key.size(0), a.max_seqlen_k);
   p.seq_q = a.max_seqlen_q;
   p.seq_k = a.max_seqlen_k;
 }
@@ -117,6 +126,7 @@ void set_paged(Problem& p, const AttentionArguments& a) {
   p.page_table = int32_data("page_table", a.page_table);
   p.page_table_row = a.page_table->stride(0);
   p.page_size = a.key.size(2);
+  STD_TORCH_CHECK(p.page_size > 0, "attention: pages must hold at least one token");
   p.seq_k = a.page_table->size(1) * p.page_size;
   if (!host_readable(a.key)) return;
   check_pages(p.page_table, p.page_table_row, p.batch, a.page_table->size(1), p.kv_lengths,
@@ -127,11 +137,11 @@ void set_paged(Problem& p, const AttentionArguments& a) {
 Tensor new_output(const Tensor& query, int64_t rows, int64_t dim) {
   const ScalarType dtype = query.scalar_type();
   const int64_t heads = query.size(1);
-  if (query.dim() == 3) return empty<3>({rows, heads, dim}, dtype);
+  if (query.dim() == 3) return empty<3>(query, {rows, heads, dim}, dtype);
   const int64_t batch = query.size(0);
-  if (query.stride(1) >= query.stride(2)) return empty<4>({batch, heads, rows, dim}, dtype);
+  if (query.stride(1) >= query.stride(2)) return empty<4>(query, {batch, heads, rows, dim}, dtype);
   const int64_t row = heads * dim;
-  return empty_strided<4>({batch, heads, rows, dim}, {rows * row, dim, row, 1}, dtype);
+  return empty_strided<4>(query, {batch, heads, rows, dim}, {rows * row, dim, row, 1}, dtype);
 }
 
 void launch_on_gpu(attention::ForwardParams& p, const Tensor& query) {
@@ -167,6 +177,13 @@ void check_append(const attention::AppendParams& p, int64_t pages) {
                       pages - 1, ", got ", page);
     }
   }
+}
+
+// Rows of a packed tensor that no sequence holds attend to nothing. On a GPU they may be any.
+void clear_uncovered(const Problem& p, int64_t rows, Tensor& output, Tensor& lse) {
+  if (host_readable(output) && p.cu_seqlens_q[0] == 0 && p.cu_seqlens_q[p.batch] == rows) return;
+  torch::stable::zero_(output);
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
 }
 
 attention::Output writable(const attention::Matrix& m) {
@@ -242,10 +259,11 @@ std::tuple<Tensor, Tensor> attention_forward(
   const bool wide = p.dtype == DType::kFloat64;
   const auto lse_type = wide ? ScalarType::Double : ScalarType::Float;
   Tensor output = new_output(query, rows, p.value_dim);
-  Tensor lse =
-      packed ? empty<2>({p.heads, rows}, lse_type) : empty<3>({p.batch, p.heads, rows}, lse_type);
+  Tensor lse = packed ? empty<2>(query, {p.heads, rows}, lse_type)
+                      : empty<3>(query, {p.batch, p.heads, rows}, lse_type);
   p.output = output_of(output);
   p.lse = row_values_of(lse);
+  if (packed) clear_uncovered(p, rows, output, lse);
   if (p.batch * p.heads * rows > 0) launch(p, query);
   return {output, lse};
 }

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> attention_forward(
     int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t alignment, int64_t window_left,
     int64_t window_right, double scale, double softcap, double dropout_p);
 
-void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v,
-                             Tensor cache_lengths, OptionalTensor page_table);
+void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,
+                         OptionalTensor page_table);
 
 }  // namespace flashkern

@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk(Tensor logits, Tensor beam_
   check_beams(beam_scores, logits, "beam_scores");
   if (logsumexp.has_value()) check_beams(*logsumexp, logits, "logsumexp");
 
-  Tensor scores = empty<2>({p.batch, k}, ScalarType::Float);
-  Tensor tokens = empty<2>({p.batch, k}, ScalarType::Long);
-  Tensor parents = empty<2>({p.batch, k}, ScalarType::Long);
-  Tensor joint = empty<2>({p.batch, p.beams}, ScalarType::Float);
+  Tensor scores = empty<2>(logits, {p.batch, k}, ScalarType::Float);
+  Tensor tokens = empty<2>(logits, {p.batch, k}, ScalarType::Long);
+  Tensor parents = empty<2>(logits, {p.batch, k}, ScalarType::Long);
+  Tensor joint = empty<2>(logits, {p.batch, p.beams}, ScalarType::Float);
   p.logits = logits.const_data_ptr();
   p.batch_stride = logits.stride(0);
   p.beam_stride = logits.stride(1);

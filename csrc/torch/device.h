@@ -13,8 +13,8 @@
 
 #if defined(FK_CUDA_KERNELS)
 // libtorch_cuda alone has it: a weak reference, so that this library loads beside a CPU torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace flashkern {

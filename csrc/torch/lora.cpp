@@ -120,14 +120,14 @@ void check_shapes(const Tensor& x, const Tensor& weight, const Adapters& adapter
 
 // Contiguous, whatever the strides of `like`.
 Tensor empty_of(const Tensor& like, bool needed) {
-  if (!needed) return empty<1>({0}, like.scalar_type());
-  return empty(std::span(like.sizes().data(), like.sizes().size()), like.scalar_type());
+  if (!needed) return empty<1>(like, {0}, like.scalar_type());
+  return empty(like, std::span(like.sizes().data(), like.sizes().size()), like.scalar_type());
 }
 
 Tensor empty_result(const Tensor& x, int64_t out) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out;
-  return empty(sizes, x.scalar_type());
+  return empty(x, sizes, x.scalar_type());
 }
 
 }  // namespace
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                            : empty_result(x, weight.size(0));
   std::optional<Tensor> added;
   if (bias.has_value()) added.emplace(packed(*bias));
-  const Tensor h = empty<2>({view.rows, adapters.params.rank}, sum_type(x));
+  const Tensor h = empty<2>(x, {view.rows, adapters.params.rank}, sum_type(x));
   LoraForward p{view.rows,
                 weight.size(1),
                 weight.size(0),

@@ -40,10 +40,11 @@ inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// A new CPU tensor, uninitialised. One call of torch's C interface: torch::stable::new_empty looks
-// its operator up by name and boxes six arguments, which a decode step pays thirty times.
-inline Tensor empty_strided(std::span<const int64_t> sizes, std::span<const int64_t> strides,
-                            ScalarType dtype) {
+// A new tensor on the device of `like`, uninitialised. One call of torch's C interface:
+// torch::stable::new_empty looks its operator up by name and boxes six arguments, which a decode
+// step pays thirty times.
+inline Tensor empty_strided(const Tensor& like, std::span<const int64_t> sizes,
+                            std::span<const int64_t> strides, ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle tensor;
@@ -53,24 +54,25 @@ inline Tensor empty_strided(std::span<const int64_t> sizes, std::span<const int6
   return Tensor(tensor);
 }
 
-inline Tensor empty(std::span<const int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(const Tensor& like, std::span<const int64_t> sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1;
   for (size_t i = sizes.size(); i-- > 0; elements *= std::max<int64_t>(sizes[i], 1)) {
     strides[i] = elements;
   }
-  return empty_strided(sizes, strides, dtype);
+  return empty_strided(like, sizes, strides, dtype);
 }
 
-// For lists in braces: empty<2>({rows, columns}, dtype).
+// For lists in braces: empty<2>(like, {rows, columns}, dtype).
 template <size_t N>
-Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
-                     ScalarType dtype) {
-  return empty_strided(std::span<const int64_t>(sizes), std::span<const int64_t>(strides), dtype);
+Tensor empty_strided(const Tensor& like, const std::array<int64_t, N>& sizes,
+                     const std::array<int64_t, N>& strides, ScalarType dtype) {
+  return empty_strided(like, std::span<const int64_t>(sizes), std::span<const int64_t>(strides),
+                       dtype);
 }
 template <size_t N>
-Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) {
-  return empty(std::span<const int64_t>(sizes), dtype);
+Tensor empty(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType dtype) {
+  return empty(like, std::span<const int64_t>(sizes), dtype);
 }
 
 }  // namespace flashkern

@@ -72,6 +72,28 @@ def test_append_of_values_wider_than_keys(backend: str) -> None:
     assert torch.equal(caches[1][1, :, 17:], v[1])
 
 
+def test_packed_rows_that_no_sequence_holds(backend: str) -> None:
+    packed, starts = torch.randn(12, 2, 16), torch.tensor([2, 5, 8], dtype=torch.int32)
+    output, lse = fk.attention_varlen(packed, packed, packed, starts, starts, 3, 3, return_lse=True)
+    outside = torch.tensor([0, 1, 8, 9, 10, 11])
+    assert output[outside].eq(0).all() and lse[:, outside].eq(-torch.inf).all()
+    assert output[2:8].ne(0).all()
+
+
+def test_sequences_longer_than_they_are_said_to_be() -> None:
+    packed, starts = torch.randn(8, 2, 16), torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="max_seqlen = 4"):
+        fk.attention_varlen(packed, packed, packed, starts, starts, 4, 5)
+
+
+def test_pages_without_a_token() -> None:
+    pages, none = torch.zeros(2, 2, 0, 16), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="at least one token"):
+        fk.attention_kvcache(
+            torch.randn(1, 2, 1, 16), pages, pages, cache_lengths=none, page_table=none[None]
+        )
+
+
 def test_window_wider_than_any_sequence(backend: str) -> None:
     query, key, value = (torch.randn(1, 2, rows, 16) for rows in (9, 5, 5))
     want = fk.attention(query, key, value)

@@ -15,8 +15,10 @@ namespace flashkern::FK_ISA::attention {
 
 inline constexpr int64_t kDecodeKeys = kKeyBlock;
 
-// Keys, and then values, are read in runs of so many rows, the next run on its way meanwhile.
-inline constexpr int64_t kStreamKeys = 16;
+// Keys, and then values, are read so many rows at a time while the rows that lie kAheadBytes
+// further on, wherever their page is, are on their way.
+inline constexpr int64_t kStreamKeys = 4;
+inline constexpr int64_t kAheadBytes = 8192;
 
 inline int64_t whole_vectors(int64_t n) { return round_up(n, kLanes); }
 
@@ -109,9 +111,9 @@ class DecodeTask {
     const Interval seen = view_.band.some_keys(view_.query_of(range_.row_begin),
                                                view_.query_of(range_.row_end - 1) + 1);
     const int64_t begin = std::max(seen.begin, range_.keys.begin) / 4 * 4;
-    const int64_t end = std::min(seen.end, range_.keys.end);
-    for (int64_t j = begin; j < end;) {
-      const int64_t next = std::min((j / kDecodeKeys + 1) * kDecodeKeys, end);
+    end_ = std::min(seen.end, range_.keys.end);
+    for (int64_t j = begin; j < end_;) {
+      const int64_t next = std::min((j / kDecodeKeys + 1) * kDecodeKeys, end_);
       attend(j, next);
       j = next;
     }
@@ -138,14 +140,11 @@ class DecodeTask {
 
   void attend(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
-    const KeyRows<T> keys(p_, p_.key, view_), values(p_, p_.value, view_);
-    for (int64_t j = begin; j < end;) {
-      const auto run = keys.run(j, std::min(j + kStreamKeys, end));
-      prefetch_rows<T>(run.rows + kStreamKeys * keys.row, keys.row, run.end - j, p_.head_dim);
-      dot_scores<T>(rows_, queries_, query_row_, run.rows, keys.row, run.end - j, p_.head_dim,
-                    scores_ + (j - begin), kDecodeKeys);
-      j = run.end;
-    }
+    stream(KeyRows<T>(p_, p_.key, view_), begin, end, p_.head_dim,
+           [&](const T* keys, int64_t row, int64_t j, int64_t count) {
+             dot_scores<T>(rows_, queries_, query_row_, keys, row, count, p_.head_dim,
+                           scores_ + (j - begin), kDecodeKeys);
+           });
     for (int64_t r = 0; r < rows_; ++r) {
       const DecodeRow row(view_, range_.row_begin + r);
       float* s = scores_ + r * kDecodeKeys;
@@ -156,11 +155,25 @@ class DecodeTask {
       float* out = out_ + r * out_row_;
       for (int64_t e = 0; e < out_row_; e += kLanes) store(out + e, load(out + e) * factor);
     }
+    stream(KeyRows<T>(p_, p_.value, view_), begin, end, p_.value_dim,
+           [&](const T* values, int64_t row, int64_t j, int64_t count) {
+             weigh_values<T>(rows_, scores_ + (j - begin), kDecodeKeys, values, row, count,
+                             p_.value_dim, out_, out_row_);
+           });
+  }
+
+  // fn(rows, their distance, the first one's number, how many) over rows [begin, end).
+  template <class Fn>
+  void stream(const KeyRows<T>& rows, int64_t begin, int64_t end, int64_t dim, Fn&& fn) const {
+    const int64_t ahead =
+        round_up(kAheadBytes / (dim * static_cast<int64_t>(sizeof(T))), kStreamKeys);
     for (int64_t j = begin; j < end;) {
-      const auto run = values.run(j, std::min(j + kStreamKeys, end));
-      prefetch_rows<T>(run.rows + kStreamKeys * values.row, values.row, run.end - j, p_.value_dim);
-      weigh_values<T>(rows_, scores_ + (j - begin), kDecodeKeys, run.rows, values.row, run.end - j,
-                      p_.value_dim, out_, out_row_);
+      const auto run = rows.run(j, std::min(j + kStreamKeys, end));
+      if (j + ahead < end_) {
+        const auto next = rows.run(j + ahead, std::min(j + ahead + kStreamKeys, end_));
+        prefetch_rows(next.rows, rows.row, next.end - (j + ahead), dim);
+      }
+      fn(run.rows, rows.row, j, run.end - j);
       j = run.end;
     }
   }
@@ -169,6 +182,7 @@ class DecodeTask {
   const HeadView& view_;
   const TaskRange& range_;
   int64_t rows_, query_row_, out_row_;
+  int64_t end_ = 0;  // of the keys that the task sees
   float *queries_, *out_, *scores_, *spare_;
   RowState<float> states_[kDecodeRows];
 };

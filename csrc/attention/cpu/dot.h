@@ -2,38 +2,29 @@
 // in registers and used for every query row: memory traffic, not arithmetic, sets the pace.
 //
 //   scores[r][j] = sum_d q[r][d] keys[j][d]      2 x 4 or 4 x 2 dot products in registers
-//   out[r][e]   += sum_j p[r][j] values[j][e]    8 to 10 vectors of out in registers
+//   out[r][e]   += sum_j p[r][j] values[j][e]    the weights of 4 keys in registers, out in L1
+//
+// Both walk four rows of the cache at a time from left to right, and ask for rows some KiB further
+// on as they go: order and spread are what lets the loads of one core fill its share of the memory
+// bus. Whole rows first and a burst of prefetches between them reach half of it.
 #pragma once
 
-#include "simd/vec.h"
+#include "simd/dot.h"
 
 namespace flashkern::FK_ISA::attention {
 
-using Vec4 = float __attribute__((vector_size(16)));
-
-inline Vec4 quarter(VecF x, int i) {
-  Vec4 part;
-  std::memcpy(&part, reinterpret_cast<const char*>(&x) + 16 * i, 16);
-  return part;
-}
-
-// a0 + a1, a2 + a3, b0 + b1, b2 + b3. (GCC 11 has __builtin_shuffle only.)
-inline Vec4 sum_neighbours(Vec4 a, Vec4 b) {
-  using Lanes = int32_t __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, Lanes{0, 2, 4, 6}) + __builtin_shuffle(a, b, Lanes{1, 3, 5, 7});
-}
-
-// The sums of four vectors, side by side.
-inline Vec4 sum_lanes(VecF a, VecF b, VecF c, VecF d) {
-  Vec4 x[4] = {quarter(a, 0), quarter(b, 0), quarter(c, 0), quarter(d, 0)};
-  for (int i = 1; i < kLanes / 4; ++i) {
-    x[0] += quarter(a, i);
-    x[1] += quarter(b, i);
-    x[2] += quarter(c, i);
-    x[3] += quarter(d, i);
+// step(d, load) for every vector of a row of `dim` elements (a multiple of 8), the last one maybe
+// in part. Not unrolled: each load instruction then walks line by line, a stride that the
+// hardware's prefetcher follows.
+template <class T, class Step>
+__attribute__((always_inline)) inline void along_row(int64_t dim, Step&& step) {
+  const auto whole = [](const T* at) __attribute__((always_inline)) { return load(at); };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) step(d, whole);
+  if (kLanes > 8 && d < dim) {
+    const int tail = static_cast<int>(dim - d);
+    step(d, [tail](const T* at) __attribute__((always_inline)) { return load_partial(at, tail); });
   }
-  const Vec4 ab = sum_neighbours(x[0], x[1]), cd = sum_neighbours(x[2], x[3]);
-  return sum_neighbours(ab, cd);
 }
 
 // kRows rows of scores for kKeys (at most 4) keys. `q` rows are padded with zeros to whole vectors.
@@ -53,12 +44,7 @@ inline void dot_tile(const float* q, int64_t q_row, const T* keys, int64_t key_r
       });
     });
   };
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) step(d, [](const T* key) { return load(key); });
-  if (kLanes > 8 && d < dim) {
-    const int tail = static_cast<int>(dim - d);
-    step(d, [tail](const T* key) { return load_partial(key, tail); });
-  }
+  along_row<T>(dim, step);
   unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
     const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
     std::memcpy(scores + r * score_row, &sums, kKeys * sizeof(float));
@@ -79,12 +65,7 @@ inline void dot_square(const float* q, int64_t q_row, const T* keys, int64_t key
       acc[r][1] = fma(query, key[1], acc[r][1]);
     });
   };
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) step(d, [](const T* key) { return load(key); });
-  if (kLanes > 8 && d < dim) {
-    const int tail = static_cast<int>(dim - d);
-    step(d, [tail](const T* key) { return load_partial(key, tail); });
-  }
+  along_row<T>(dim, step);
   unrolled<2>([&](auto pair) __attribute__((always_inline)) {
     constexpr int r = 2 * pair;
     const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
@@ -122,66 +103,54 @@ inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const T* key
   }
 }
 
-// Asks for `count` rows of values ahead of their use.
+// Asks for `count` rows ahead of their use. Addresses are numbers: they may lie past an array's
+// end.
 template <class T>
 inline void prefetch_rows(const T* rows, int64_t row, int64_t count, int64_t dim) {
-  for (int64_t j = 0; j < count; ++j) {
-    const char* line = reinterpret_cast<const char*>(rows + j * row);
-    for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
-      __builtin_prefetch(line + byte);
+  const uintptr_t step = row * sizeof(T), bytes = dim * sizeof(T);
+  uintptr_t line = reinterpret_cast<uintptr_t>(rows);
+  for (int64_t j = 0; j < count; ++j, line += step) {
+    for (uintptr_t byte = 0; byte < bytes; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(line + byte));
     }
   }
 }
 
-// kRows x kVecs vectors of out, over `count` keys.
-template <class T, int kRows, int kVecs>
-inline void weigh_tile(const float* p, int64_t p_row, const T* values, int64_t value_row,
-                       int64_t count, float* out, int64_t out_row) {
-  VecF acc[kRows][kVecs];
-  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
-    acc[t / kVecs][t % kVecs] = load(out + t / kVecs * out_row + t % kVecs * kLanes);
+// Rows of out that share the weights of kKeys keys: these fill up to half of the registers.
+inline constexpr int kWeighRows = kLanes == 16 ? 4 : 2;
+
+template <class T, int kRows, int kKeys>
+inline void weigh_keys(const float* p, int64_t p_row, const T* values, int64_t value_row,
+                       int64_t dim, float* out, int64_t out_row) {
+  VecF weight[kRows][kKeys];
+  unrolled<kRows * kKeys>([&](auto t) __attribute__((always_inline)) {
+    weight[t / kKeys][t % kKeys] = broadcast(p[t / kKeys * p_row + t % kKeys]);
   });
-  for (int64_t j = 0; j < count; ++j, values += value_row) {
-    VecF weight[kRows];
-    unrolled<kRows>(
-        [&](auto r) __attribute__((always_inline)) { weight[r] = broadcast(p[r * p_row + j]); });
-    unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
-      const VecF value = load(values + v * kLanes);
-      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-        acc[r][v] = fma(weight[r], value, acc[r][v]);
-      });
+  const auto step = [&](int64_t e, auto load_value) __attribute__((always_inline)) {
+    VecF value[kKeys];
+    unrolled<kKeys>([&](auto j) __attribute__((always_inline)) {
+      value[j] = load_value(values + j * value_row + e);
     });
-  }
-  unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
-    store(out + t / kVecs * out_row + t % kVecs * kLanes, acc[t / kVecs][t % kVecs]);
-  });
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      float* at = out + r * out_row + e;
+      VecF sum = load(at);
+      unrolled<kKeys>(
+          [&](auto j) __attribute__((always_inline)) { sum = fma(weight[r][j], value[j], sum); });
+      store(at, sum);
+    });
+  };
+  along_row<T>(dim, step);
 }
 
-// The last lanes of a value row that is no whole number of vectors (AVX-512 alone). `out` is
-// padded.
-template <class T>
-inline void weigh_tail(const float* p, const T* values, int64_t value_row, int64_t count, int tail,
-                       float* out) {
-  VecF acc = load(out);
-  for (int64_t j = 0; j < count; ++j) {
-    acc = fma(broadcast(p[j]), load_partial(values + j * value_row, tail), acc);
+template <class T, int kKeys>
+inline void weigh_rows(int64_t rows, const float* p, int64_t p_row, const T* values,
+                       int64_t value_row, int64_t dim, float* out, int64_t out_row) {
+  constexpr int kRows = kWeighRows;
+  for (; rows >= kRows; rows -= kRows, p += kRows * p_row, out += kRows * out_row) {
+    weigh_keys<T, kRows, kKeys>(p, p_row, values, value_row, dim, out, out_row);
   }
-  store(out, acc);
-}
-
-template <class T, int kRows, int kVecs>
-inline void weigh_rows(const float* p, int64_t p_row, const T* values, int64_t value_row,
-                       int64_t count, int64_t dim, float* out, int64_t out_row) {
-  int64_t e = 0;
-  for (; e + kVecs * kLanes <= dim; e += kVecs * kLanes) {
-    weigh_tile<T, kRows, kVecs>(p, p_row, values + e, value_row, count, out + e, out_row);
-  }
-  for (; e + kLanes <= dim; e += kLanes) {
-    weigh_tile<T, kRows, 1>(p, p_row, values + e, value_row, count, out + e, out_row);
-  }
-  for (int r = 0; r < kRows && e < dim; ++r) {
-    weigh_tail(p + r * p_row, values + e, value_row, count, static_cast<int>(dim - e),
-               out + r * out_row + e);
+  for (; rows > 0; --rows, p += p_row, out += out_row) {
+    weigh_keys<T, 1, kKeys>(p, p_row, values, value_row, dim, out, out_row);
   }
 }
 
@@ -190,13 +159,12 @@ template <class T>
 inline void weigh_values(int64_t rows, const float* p, int64_t p_row, const T* values,
                          int64_t value_row, int64_t count, int64_t dim, float* out,
                          int64_t out_row) {
-  for (; rows >= 4; rows -= 4, p += 4 * p_row, out += 4 * out_row) {
-    weigh_rows<T, 4, 2>(p, p_row, values, value_row, count, dim, out, out_row);
+  for (; count >= 4; count -= 4, p += 4, values += 4 * value_row) {
+    weigh_rows<T, 4>(rows, p, p_row, values, value_row, dim, out, out_row);
   }
-  for (; rows >= 2; rows -= 2, p += 2 * p_row, out += 2 * out_row) {
-    weigh_rows<T, 2, 4>(p, p_row, values, value_row, count, dim, out, out_row);
+  for (; count > 0; --count, ++p, values += value_row) {
+    weigh_rows<T, 1>(rows, p, p_row, values, value_row, dim, out, out_row);
   }
-  if (rows > 0) weigh_rows<T, 1, 8>(p, p_row, values, value_row, count, dim, out, out_row);
 }
 
 }  // namespace flashkern::FK_ISA::attention

@@ -4,9 +4,9 @@
 //   queries   D x M     packed once, transposed, times scale * log2(e)
 //   out       M x E     accumulators, one panel of kPanel rows after the other
 //   scores    128 x kPanel, twice where there is a bias
-//   staged    128 x (D + E), only where keys and values are not float32 rows (bfloat16, pages)
-// With D = E = 64 and M = 128 that is 64 KiB, beside 64 KiB of keys and values: half of an L2 of
-// 256 KiB. Scores never leave L1.
+//   staged    128 x E: values, packed; 128 x D: keys that are not float32 rows (bfloat16, pages)
+// With D = E = 64 and M = 128 that is 128 KiB beside 32 KiB of keys in place, and twice as much
+// with D = E = 128: half of an L2 of 512 KiB. Scores never leave L1.
 #pragma once
 
 #include "attention/cpu/panel.h"

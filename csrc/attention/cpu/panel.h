@@ -1,19 +1,19 @@
 // One panel of query rows meets one block of keys: the inner step of the matrix kernel.
 //
-//                 16 queries (two vectors)               value_dim
+//                 P queries (two vectors)                value_dim
 //              +--------+                            +---------------+
-//   queries^T  | D x 16 |  packed once               |  n x value_dim|  values, in place
-//              +--------+                            +---------------+
+//   queries^T  | D x P  |  packed once               |  n x value_dim|  values, packed in panels
+//              +--------+                            +---------------+  of P columns
 //   keys    +--+ +--------+        +--------+
-//   n x D   |  | | n x 16 | -exp2- | n x 16 | read as 16 x n -> 16 x value_dim accumulators
+//   n x D   |  | | n x P  | -exp2- | n x P  | read as P x n -> P x value_dim accumulators
 //           +--+ +--------+        +--------+
-//   in place,    scores            probabilities, same 8 KiB
-//   broadcast
+//   float32 in   scores            probabilities, in the same place
+//   place, broadcast
 //
-// Scores are held transposed. Keys are then the broadcast operand of the first product and values
-// the vector operand of the second, so neither is packed: float32 caches are read where they lie.
-// The softmax runs down the lanes without a horizontal step, and the running maximum and sum of 16
-// rows are two vectors each.
+// P = kPanel: 8, 16 or 32. Scores are held transposed. Keys are then the broadcast operand of the
+// first product, read where they lie if they are float32; values are the vector operand of the
+// second. The softmax runs down the lanes without a horizontal step, and the running maximum and
+// sum of P rows are two vectors each.
 #pragma once
 
 #include "attention/cpu/scores.h"
