@@ -1,5 +1,6 @@
 // Which kernel an attention call would get and what it costs, for flashkern.explain.
 #include "attention/plan.h"
+#include "attention/sm80/plan.h"
 #include "host/bindings.h"
 
 namespace py = pybind11;
@@ -38,6 +39,33 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
   return out;
 }
 
+py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q,
+                            int64_t seq_k, int64_t head_dim, int64_t value_dim, bool float32,
+                            bool packed) {
+  const int32_t starts[1] = {};  // never read: the plan knows no lengths
+  Problem p;
+  p.dtype = float32 ? flashkern::DType::kFloat32 : flashkern::DType::kBFloat16;
+  p.batch = batch;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.seq_q = seq_q;
+  p.seq_k = seq_k;
+  p.head_dim = head_dim;
+  p.value_dim = value_dim;
+  if (packed) p.cu_seqlens_q = starts;
+  const sm80::ForwardPlan plan = sm80::plan_forward(p);
+  py::dict out;
+  out["dim"] = plan.dim;
+  out["tile_rows"] = 16 * plan.warps;
+  out["tile_keys"] = plan.tile_keys;
+  out["shared_bytes"] = plan.shared_bytes;
+  out["blocks"] = plan.blocks;
+  out["split_keys"] = plan.split_keys;
+  out["splits"] = plan.splits;
+  out["workspace_bytes"] = plan.workspace_floats * static_cast<int64_t>(sizeof(float));
+  return out;
+}
+
 }  // namespace
 
 FK_HOST_BINDINGS(attention)(py::module_& m) {
@@ -47,4 +75,9 @@ FK_HOST_BINDINGS(attention)(py::module_& m) {
         py::arg("window_right") = -1,
         "The kernel, the cut and the cost of an attention call on sequences of one length: a dict. "
         "`rows` are the query rows of a KV head, `decode_rows` how many the decode kernel takes.");
+  m.def("attention_gpu_plan", &attention_gpu_plan, py::arg("batch"), py::arg("heads"),
+        py::arg("kv_heads"), py::arg("seq_q"), py::arg("seq_k"), py::arg("head_dim"),
+        py::arg("value_dim"), py::arg("float32") = false, py::arg("packed") = false,
+        "How the sm_80 forward kernel cuts an attention call: a dict. `splits` are the most parts "
+        "that the keys of a sequence are cut into.");
 }

@@ -169,22 +169,48 @@ class BackwardBlock {
   FK_DEVICE void differentiate(float (&x)[kColumns / 8][4], float (&y)[kColumns / 8][4],
                                int first) {
     const int pair = static_cast<int>(ptx::lane_id()) % 4 * 2;
+    const uint32_t kept = keep_mask(first);
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + pair + i % 2;
+        const bool keep = kept >> (4 * j + i) & 1;
         if constexpr (kByQueries) {
           const GradientRow& row = rows_[i / 2];
           const int key = first + column;
-          const float of_bias = rule_.template apply<T>(p_, row, key, x[j][i], y[j][i]);
+          const float of_bias = rule_.template apply<T>(p_, row, key, keep, x[j][i], y[j][i]);
           if (p_.grad_bias.data != nullptr) write_bias(row, key, of_bias);
         } else {
           const GradientRow& row = shared_.column_rows[column];
-          rule_.template apply<T>(p_, row, row_ + i / 2 * 8, x[j][i], y[j][i]);
+          rule_.template apply<T>(p_, row, row_ + i / 2 * 8, keep, x[j][i], y[j][i]);
         }
       }
     }
+  }
+
+  // A bit for each element of x. A loop that stays rolled up: see drop in scores.h.
+  FK_DEVICE uint32_t keep_mask(int first) const {
+    if (rule_.threshold == 0) return ~0u;
+    const int pair = static_cast<int>(ptx::lane_id()) % 4 * 2;
+    uint32_t mask = 0;
+#pragma unroll 1
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int column = i / 4 * 8 + pair + i % 2, lower = i & 2;
+      int query, head, key;
+      if constexpr (kByQueries) {
+        query = lower ? rows_[1].query : rows_[0].query;
+        head = lower ? rows_[1].head : rows_[0].head;
+        key = first + column;
+      } else {
+        query = shared_.column_rows[column].query;
+        head = shared_.column_rows[column].head;
+        key = row_ + lower * 4;
+      }
+      const bool keep = kept(p_, rule_.threshold, rule_.batch, head, query, key);
+      mask |= static_cast<uint32_t>(keep) << i;
+    }
+    return mask;
   }
 
   // Every element of a whole (batch, heads, rows, keys) is one lane's own; it starts as zeros.

@@ -41,20 +41,11 @@ struct GradientRule {
         batch(static_cast<int>(s.batch)),
         offset(static_cast<int>(s.offset)) {}
 
-  FK_DEVICE bool kept(const BackwardParams& p, const Row& row, int key) const {
-    if (threshold == 0) return true;
-    const Philox4 words =
-        philox(p.seed, static_cast<uint32_t>(key / 4), row.query, row.head, batch);
-    const uint32_t low = key % 2 ? words.word[1] : words.word[0];
-    const uint32_t high = key % 2 ? words.word[3] : words.word[2];
-    return (key % 4 < 2 ? low : high) >= threshold;
-  }
-
   // x: the product of query and key, becomes P as dropout left it; y: that of dO and value, becomes
   // the gradient of x / scale. Returns that of the bias, which is added after the cap.
   template <class T>
-  FK_DEVICE float apply(const BackwardParams& p, const GradientRow& row, int key, float& x,
-                        float& y) const {
+  FK_DEVICE float apply(const BackwardParams& p, const GradientRow& row, int key, bool kept,
+                        float& x, float& y) const {
     if (key < row.first_key || key >= row.end_key) {
       x = y = 0;
       return 0;
@@ -70,7 +61,7 @@ struct GradientRule {
       logit += bias_element<T>(p.bias, row.bias + key * p.bias.column);
     }
     const float probability = ptx::fast_exp2(logit - row.lse);
-    const float factor = kept(p, row, key) ? keep : 0.0f;
+    const float factor = kept ? keep : 0.0f;
     x = probability * factor;
     const float of_bias = probability * (y * factor - row.delta);
     y = of_bias * slope;

@@ -125,28 +125,32 @@ FK_DEVICE void online_softmax(float (&s)[N][4], Row (&rows)[2], float (&factor)[
   }
 }
 
-// Zeros what dropout removes; 1 / (1 - p) waits for the end. Four keys share a counter.
+// Whether dropout keeps the probability of (query, head, key). Four keys share a counter.
+FK_DEVICE bool kept(const Problem& p, uint64_t threshold, int batch, int head, int query, int key) {
+  const Philox4 words = philox(p.seed, static_cast<uint32_t>(key / 4), query, head, batch);
+  const uint32_t low = key % 2 ? words.word[1] : words.word[0];
+  const uint32_t high = key % 2 ? words.word[3] : words.word[2];
+  return (key % 4 < 2 ? low : high) >= threshold;
+}
+
+// Zeros what dropout removes; 1 / (1 - p) waits for the end. The random numbers are drawn in a loop
+// of its own that stays rolled up, into a bit for each score: they would crowd out the sums.
 template <int N>
 FK_DEVICE void drop(float (&s)[N][4], const Row (&rows)[2], int first, const Problem& p,
                     int batch) {
   const uint64_t threshold = dropout_threshold(p.dropout_p);
   const int pair = first + ptx::lane_id() % 4 * 2;
+  uint32_t mask = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4 * N; ++i) {
+    const int query = i & 2 ? rows[1].query : rows[0].query;
+    const int head = i & 2 ? rows[1].head : rows[0].head;
+    const bool keep = kept(p, threshold, batch, head, query, pair + i / 4 * 8 + i % 2);
+    mask |= static_cast<uint32_t>(keep) << i;
+  }
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const Row& row = rows[r];
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int key = pair + 8 * j;
-      const Philox4 words = philox(p.seed, static_cast<uint32_t>(key / 4), row.query, row.head,
-                                   static_cast<uint32_t>(batch));
-      const bool upper = key % 4 != 0;
-      const uint32_t word[2] = {upper ? words.word[2] : words.word[0],
-                                upper ? words.word[3] : words.word[1]};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (word[i] < threshold) s[j][2 * r + i] = 0.0f;
-      }
-    }
+  for (int i = 0; i < 4 * N; ++i) {
+    if ((mask >> i & 1) == 0) s[i / 4][i % 4] = 0.0f;
   }
 }
 

@@ -1,0 +1,55 @@
+"""How the GPU forward kernel cuts a call, and what it asks of a GPU."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from flashkern import _host
+
+SMALLEST_SHARED = 99 * 1024  # of a block on sm_86 and sm_89
+
+
+def plan(
+    batch: int, heads: int, kv_heads: int, rows: int, keys: int, dim: int, **options: Any
+) -> dict[str, Any]:
+    return _host.attention_gpu_plan(batch, heads, kv_heads, rows, keys, dim, dim, **options)
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+def test_every_tile_fits_every_gpu(dim: int) -> None:
+    for rows, float32 in itertools.product((1, 16, 17, 300), (False, True)):
+        cut = plan(2, 4, 2, rows, 500, dim, float32=float32)
+        assert cut["shared_bytes"] <= SMALLEST_SHARED
+        assert dim <= cut["dim"] <= max(32, 2 * dim)
+        assert cut["split_keys"] % cut["tile_keys"] == 0
+
+
+def test_prefill_is_not_split() -> None:
+    cut = plan(2, 32, 8, 1024, 1024, 128)
+    assert cut["splits"] == 1 and cut["workspace_bytes"] == 0
+    assert cut["blocks"] == 2 * 8 * (4 * 1024 // cut["tile_rows"])
+
+
+def test_decode_packs_the_group_and_splits_the_keys() -> None:
+    cut = plan(1, 32, 8, 1, 16384, 128)
+    assert cut["tile_rows"] == 16
+    assert cut["splits"] == 16384 // cut["split_keys"]
+    assert cut["blocks"] == 8 * cut["splits"]
+    assert cut["workspace_bytes"] == 8 * cut["splits"] * 4 * (128 + 2) * 4
+
+
+def test_splits_depend_on_the_sequence_alone() -> None:
+    for batch in (1, 7, 100):
+        assert plan(batch, 8, 8, 1, 4096, 64)["splits"] == plan(1, 8, 8, 1, 4096, 64)["splits"]
+
+
+def test_a_ragged_batch_has_room_for_both_kinds() -> None:
+    cut = plan(3, 8, 8, 1000, 4096, 64, packed=True)
+    assert cut["splits"] > 1
+    assert cut["blocks"] == 3 * 8 * max(-(-1000 // cut["tile_rows"]), cut["splits"])
+
+
+def test_nothing_to_do_needs_nothing() -> None:
+    assert plan(0, 8, 8, 4, 4, 64)["blocks"] == 0
+    assert plan(2, 8, 8, 0, 4, 64)["blocks"] == 0
