@@ -49,8 +49,8 @@ FK_HOST_BINDINGS(beam)(py::module_& m) {
   m.def(
       "beam_topk_gpu_plan",
       [](int64_t batch, int64_t beams, int64_t vocab, int64_t k, bool half, int processors) {
-        const auto plan = flashkern::beam::sm80::plan_launch(
-            problem(batch, beams, vocab, k, half), processors);
+        const auto plan =
+            flashkern::beam::sm80::plan_launch(problem(batch, beams, vocab, k, half), processors);
         py::dict out = cost(plan);
         out["blocks"] = plan.blocks;
         out["splits"] = plan.splits;
