@@ -116,7 +116,11 @@ _LORA_BASES = {
 @planner("beam_topk")
 def _beam_topk(logits: Tensor, beam_scores: Tensor, k: int, **_: Any) -> dict[str, Any]:
     half = logits.dtype in (torch.bfloat16, torch.float16)
-    plan = _host.beam_topk_plan(*logits.shape, k, half, torch.get_num_threads())
+    if logits.is_cuda:
+        processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
+        plan = _host.beam_topk_gpu_plan(*logits.shape, k, half, processors)
+    else:
+        plan = _host.beam_topk_plan(*logits.shape, k, half, torch.get_num_threads())
     moved = plan.pop("read_bytes") + plan.pop("write_bytes")
     return {
         "kernel": "one pass of chunk maxima and sums, then the chunks above the threshold",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashkern as fk
-from flashkern import reference
+from flashkern import _host, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -68,3 +68,24 @@ def test_ties_everywhere(backend: str, k: int, dtype: torch.dtype) -> None:
     """Few different logits: far more candidates tie than fit, in every chunk."""
     logits = torch.randint(0, 3, (2, 4, 9000)).to(dtype)
     same_choice(logits, torch.tensor([[0.0, 1.0, 0.0, 1.0], [-1e9, 0.0, -1e9, 0.0]]), k)
+
+
+def test_plan() -> None:
+    """One block for each row where there are many, else about eight waves; no idle split."""
+    many = _host.beam_topk_gpu_plan(4096, 1, 128256, 8, True, processors=132)
+    assert (many["splits"], many["blocks"]) == (1, 4096)
+    few = _host.beam_topk_gpu_plan(1, 4, 128256, 8, True, processors=132)
+    assert (few["row_spans"], few["split_spans"], few["splits"]) == (252, 16, 16)
+    for batch, beams, vocab, k in [(1, 1, 1, 1), (3, 512, 8192, 1024), (9, 7, 50257, 99)]:
+        plan = _host.beam_topk_gpu_plan(batch, beams, vocab, k, False, processors=108)
+        spans, each = plan["row_spans"], plan["split_spans"]
+        assert each % 16 == 0 and plan["splits"] == -(-spans // each)
+        assert plan["blocks"] == batch * plan["splits"]
+        assert plan["capacity"] >= 2 * k and plan["chosen_limit"] <= k + k // 8
+        assert plan["ticket_bytes"] % 256 == 0 and plan["ticket_bytes"] >= 4 * batch
+        assert plan["in_shared_memory"]
+    large = _host.beam_topk_gpu_plan(2, 8, 40000, 5000, True, processors=132)
+    assert not large["in_shared_memory"] and large["capacity"] == 16384
+    assert large["workspace_bytes"] > 2 * 8 * large["capacity"]
+    with pytest.raises(ValueError, match="2\\^30"):
+        _host.beam_topk_gpu_plan(1, 2, 2**30, 2**30 + 1, True, processors=132)

@@ -107,7 +107,8 @@ FK_DEVICE uint32_t narrow(SelectStorage& shared, Range& range, uint32_t wanted,
 }
 
 // Sorts list[0, size), greatest first; size is a power of two. A bitonic network: a warp owns the
-// same 64 elements in all steps of stride 32 and less, so only longer strides need the block.
+// same 64 elements in all steps of stride 32 and less, so only longer strides need the block. The
+// barrier of the last step hands list[i] to thread i % kThreads.
 FK_DEVICE void sort(Candidate* list, uint32_t size) {
   for (uint32_t run = 2; run <= size; run *= 2) {
     for (uint32_t stride = run / 2; stride > 0; stride /= 2) {
@@ -127,7 +128,6 @@ FK_DEVICE void sort(Candidate* list, uint32_t size) {
       }
     }
   }
-  __syncthreads();
 }
 
 }  // namespace flashkern::beam::sm80
