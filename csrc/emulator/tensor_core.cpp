@@ -94,14 +94,14 @@ void collect(void* const* lanes, int first, float (&out)[kRows][Layout<T>::kDept
 template <class T>
 void complete_multiply(uint32_t, void* const* lanes) {
   constexpr int kDepth = Layout<T>::kDepth;
-  using Row = float __attribute__((vector_size(32)));
+  using Row = float __attribute__((vector_size(32), may_alias));
   float a[16][kDepth];
   collect<T, 16, &Operands::a>(lanes, 0, a);
   const int n = operands(lanes, 0).n;
   for (int strip = 0; strip < n; ++strip) {
     float transposed[8][kDepth];
     collect<T, 8, &Operands::b>(lanes, 2 * strip, transposed);
-    Row b[kDepth];
+    alignas(32) float b[kDepth][8];
     for (int k = 0; k < kDepth; ++k) {
       for (int j = 0; j < 8; ++j) b[k][j] = transposed[j][k];
     }
@@ -115,7 +115,7 @@ void complete_multiply(uint32_t, void* const* lanes) {
     for (int i = 0; i < 16; ++i) {
       Row sum;
       std::memcpy(&sum, d[i], 32);
-      for (int k = 0; k < kDepth; ++k) sum += a[i][k] * b[k];
+      for (int k = 0; k < kDepth; ++k) sum += a[i][k] * *reinterpret_cast<const Row*>(b[k]);
       std::memcpy(d[i], &sum, 32);
     }
     for (int lane = 0; lane < 32; ++lane) {
