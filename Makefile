@@ -8,6 +8,7 @@
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
 #   make wheel                        a wheel in dist/
 #   make dev [PYTHON=...]             builds in place without an environment, for work on the kernels
+#   make clean                        removes what was built, but not the environment in .venv
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 PROFILE ?= quick
@@ -19,7 +20,10 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files 'csrc/*.cpp' 'csrc/*.h'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: bench test lint format sanitize wheel dev clean
+.PHONY: help bench test lint format sanitize wheel dev clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^SHELL/q' Makefile
 
 bench: $(VENV)/bench.stamp $(VENV)/built.stamp
 	$(PY) -m benchmarks run --profile $(PROFILE)
