@@ -9,6 +9,7 @@
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
 #   make wheel                        a wheel in dist/
 #   make dev [PYTHON=...]             builds in place without an environment, for work on the kernels
+#   make clean                        removes what was built, but not the environment in .venv
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 PROFILE ?= quick
@@ -20,7 +21,10 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: bench test test-emulated lint format sanitize wheel dev clean
+.PHONY: help bench test test-emulated lint format sanitize wheel dev clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^SHELL/q' Makefile
 
 bench: $(VENV)/bench.stamp $(VENV)/built.stamp
 	$(PY) -m benchmarks run --profile $(PROFILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -20,6 +21,7 @@ from benchmarks.sampler import FLASHKERN
 COLUMNS = (
     "shape", "dtype", "flashkern", "best peer", "speed-up", "rate", "of limit", "error / torch"
 )  # fmt: skip
+_MUCH_NOISE = 0.1
 RIGHT = ("flashkern", "speed-up", "rate", "of limit")  # columns of numbers
 
 
@@ -132,7 +134,7 @@ def headline(run: Run) -> list[str]:
         if not judged:
             continue
         verdicts = [verdict(row, run.noise) for row in judged]
-        middle = sorted(row.speedup or 0.0 for row in judged)[len(judged) // 2]
+        middle = median(row.speedup or 0.0 for row in judged)
         lines.append(
             f"{len(judged)} {name}: faster than the best peer on {verdicts.count('faster')}, "
             f"level on {verdicts.count('tie')}, slower on {verdicts.count('slower')}; "
@@ -145,6 +147,10 @@ def headline(run: Run) -> list[str]:
             f"error against float64: at most twice torch's on {sum(kept)} of {len(kept)} shapes"
         )
     lines.append(f"noise of this run: {100 * run.noise:.1f}% (flashkern against itself)")
+    if run.noise > _MUCH_NOISE:
+        lines.append(
+            "the machine was busy: on such a one, --threads 1 --clock cpu measures CPU time instead"
+        )
     return lines
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 _any_requires_grad = torch._C._any_requires_grad
@@ -11,6 +13,25 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+
+
+def _refuse_other_derivatives(name: str, arguments: tuple[Any, ...]) -> None:
+    """Raises where a derivative is asked for that a kernel with one backward pass cannot give.
+
+    torch's own layers would return a tangent of zero there, or speak of a missing setup_context.
+    """
+    stack = get_interpreter_stack() if _functorch_active() else None
+    transforms = {level.key() for level in stack or ()}
+    if TransformType.Grad in transforms:
+        raise NotImplementedError(
+            f"{name}: torch.func.grad, vjp and jacrev are not supported; use torch.autograd.grad"
+        )
+    tangents = TransformType.Jvp in transforms or any(
+        isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None
+        for a in (arguments if forward_ad._current_level >= 0 else ())
+    )
+    if tangents:
+        raise NotImplementedError(f"{name}: forward-mode derivatives (jvp) are not supported")
 
 
 def register_autograd(
@@ -36,7 +57,11 @@ def register_autograd(
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     node: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
 
+    name = op._schema.name.split("::")[1].removesuffix("_forward")
+
     def call(*arguments: Any) -> Any:
+        if _functorch_active() or forward_ad._current_level >= 0:
+            _refuse_other_derivatives(name, arguments)
         if _is_compiling() or _functorch_active():
             return op(*arguments)
         if _is_grad_enabled() and _any_requires_grad(*arguments):

@@ -93,14 +93,15 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
     """Says which kernel a call would run and how near to the machine's limit it could come.
 
     Args:
-        op: one of flashkern's operators, or its name.
+        op: attention, attention_kvcache, scaled_dot_product_attention, lora_linear, beam_topk, or
+            one of these names.
         *args, **kwargs: the call's arguments, checked as the call would; nothing is computed.
 
     Returns:
         A :class:`Plan`; print it.
 
     Raises:
-        ValueError: ``op`` is not one of flashkern's operators.
+        ValueError: ``op`` is not one of these.
 
     Example:
         >>> import torch, flashkern as fk

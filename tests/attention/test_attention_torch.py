@@ -70,6 +70,19 @@ def test_double_backward_is_refused() -> None:
         grad.sum().backward()
 
 
+def test_forward_mode_and_func_grad_are_refused() -> None:
+    q, k, v = tensors()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: fk.attention(q, k, v), (q,), (q,))
+    with pytest.raises(NotImplementedError, match="torch.func.grad"):
+        torch.func.grad(lambda q: fk.attention(q, k, v).sum())(q)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            fk.attention(dual, k, v)
+        assert torch.equal(fk.attention(q, k, v), fk.attention(q, k, v))
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (2, 3, 2, 5, 16), (2, 2, 5, 13)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_sdpa_takes_what_torch_takes(shape: tuple[int, ...], causal: bool) -> None:

@@ -195,3 +195,13 @@ def test_the_weight_must_be_frozen() -> None:
         fk.lora_linear(x, weight, a, b)
     with torch.no_grad():
         fk.lora_linear(x, weight, a, b)
+
+
+def test_forward_mode_is_refused_and_meta_tensors_have_shapes() -> None:
+    x, w, a, b = (torch.randn(n, 16) for n in (3, 8, 4, 8))
+    b = b[:, :4].contiguous()
+    with pytest.raises(NotImplementedError, match="lora_linear.*jvp"):
+        torch.func.jvp(lambda x: fk.lora_linear(x, w, a, b), (x,), (x,))
+    with torch.device("meta"):
+        shapes = [torch.empty(t.shape) for t in (x, w, a, b)]
+    assert fk.lora_linear(*shapes).shape == (3, 8)
