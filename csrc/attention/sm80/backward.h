@@ -245,8 +245,9 @@ class BackwardBlock {
   Out<kDim> sums_ = {};
 };
 
+// One block at least: left to itself, ptxas spills to fit more of them.
 template <class T, int kDim, Gradient kWhat>
-__global__ void __launch_bounds__(32 * BackwardStorage<T, kDim>::kWarps)
+__global__ void __launch_bounds__(32 * BackwardStorage<T, kDim>::kWarps, 1)
     backward(const __grid_constant__ BackwardParams p, const int blocks, const bool aligned) {
   using Block = BackwardBlock<T, kDim, kWhat>;
   const int64_t head = blockIdx.x / blocks;

@@ -177,8 +177,9 @@ class Block {
   Out<kDim> out_ = {};
 };
 
+// One block at least: left to itself, ptxas spills to fit more of them.
 template <class T, int kDim, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     forward(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan,
             const bool aligned) {
   Sequence s;
