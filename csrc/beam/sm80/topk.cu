@@ -62,8 +62,8 @@ struct Row {
   const T* logits;
   int64_t beam_stride, vocab;
   uint32_t index, beams, chunks, spans, total_chunks;  // chunks, spans: of a beam
-  uint32_t* maxima;  // (beams, chunks): floats
-  float2* span_sums;  // (beams, spans)
+  uint32_t* maxima;                                    // (beams, chunks): floats
+  float2* span_sums;                                   // (beams, spans)
   Normaliser* normalisers;
   uint32_t *keys, *chosen;  // ordered scores of chunks; chunks to be read again
   Candidate* candidates;
@@ -71,8 +71,7 @@ struct Row {
   FK_DEVICE Row(const Arguments& args, Storage& shared, uint32_t row) {
     const TopkParams& p = args.problem;
     const Plan& plan = args.plan;
-    unsigned char* own =
-        args.workspace + plan.layout.ticket_bytes + row * plan.layout.row_bytes;
+    unsigned char* own = args.workspace + plan.layout.ticket_bytes + row * plan.layout.row_bytes;
     logits = static_cast<const T*>(p.logits) + row * p.batch_stride;
     beam_stride = p.beam_stride, vocab = p.vocab;
     index = row, beams = p.beams, chunks = plan.chunks, spans = plan.spans;
@@ -81,8 +80,8 @@ struct Row {
     span_sums = reinterpret_cast<float2*>(own + plan.layout.spans);
     normalisers = reinterpret_cast<Normaliser*>(own + plan.layout.normalisers);
     keys = plan.shared_keys ? shared.keys : maxima;
-    chosen = plan.shared_chosen ? shared.chosen
-                                  : reinterpret_cast<uint32_t*>(own + plan.layout.chosen);
+    chosen =
+        plan.shared_chosen ? shared.chosen : reinterpret_cast<uint32_t*>(own + plan.layout.chosen);
     candidates = plan.shared_candidates
                      ? shared.candidates
                      : reinterpret_cast<Candidate*>(own + plan.layout.candidates);
@@ -198,9 +197,7 @@ template <class T>
 FK_DEVICE uint32_t gather(const Arguments& args, Storage& shared, const Row<T>& row,
                           Candidate low) {
   const uint32_t k = args.problem.k, capacity = args.plan.capacity, chunks = shared.count;
-  const auto elements = [&](auto&& f) {
-    each_chosen(row, chunks, f, [] { return true; });
-  };
+  const auto elements = [&](auto&& f) { each_chosen(row, chunks, f, [] { return true; }); };
   Range range;
   range.low = low;
   for (;;) {
