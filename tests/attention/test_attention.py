@@ -70,8 +70,8 @@ def check(
     """Every error against float64 is at most twice torch's, the greatest and the mean square.
 
     Torch's is that of the definition in the tensors' dtype, or for half precision on a CPU that
-    of the definition in float32, rounded once. ``least``: the mean square of smaller results is allowed
-    no smaller a floor, as terms of that size may cancel in them.
+    of the definition in float32, rounded once. ``least``: the mean square of smaller results is
+    allowed no smaller a floor, as terms of that size may cancel in them.
     """
     dtype, device = tensors[0].dtype, tensors[0].device
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
