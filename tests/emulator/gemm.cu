@@ -4,7 +4,7 @@
 //   block   64 x 64 of C, 4 warps; warp w owns rows 16 w .. 16 w + 15
 //   memory  2 stages x (A 64 x 32 + B 64 x 32) bf16 = 16 KiB, 16-byte chunks swizzled by row
 //   pipe    copy stage s + 1 | multiply stage s; tails are zero-filled by cp.async
-#include "guard.h"
+#include "guarded.h"
 #include "ptx/copy.h"
 #include "ptx/launch.h"
 #include "ptx/matrix.h"

@@ -1,6 +1,6 @@
 // Hopper's primitives, one small kernel each: TMA tiles, wgmma with every operand layout, stmatrix,
 // clusters, register hand-over. The same source runs on a GPU.
-#include "guard.h"
+#include "guarded.h"
 #include "ptx/cluster.h"
 #include "ptx/launch.h"
 #include "ptx/matrix.h"

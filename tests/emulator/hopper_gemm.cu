@@ -5,7 +5,7 @@
 //   block   64 x 64 of C; warp 4 loads, warps 0-3 multiply
 //   memory  3 stages x (A 64 x 64 + B 64 x 64) bf16, 128-byte swizzle = 48 KiB
 //   pipe    full[s]: 1 arrival + the bytes; empty[s]: 1 arrival of the consumers
-#include "guard.h"
+#include "guarded.h"
 #include "ptx/cluster.h"
 #include "ptx/launch.h"
 #include "ptx/mbarrier.h"

@@ -1,6 +1,6 @@
 // What threads do to each other: votes, shuffles, barriers, atomics, registers; and the same things
 // done wrong. Each case is a kernel; results go to `out`.
-#include "guard.h"
+#include "guarded.h"
 #include "ptx/barrier.h"
 #include "ptx/cluster.h"
 #include "ptx/copy.h"

@@ -1,6 +1,6 @@
 // One small kernel for each primitive with a lane layout: inputs to shared memory, the primitive,
 // registers out. The same source runs on a GPU, where it records what the emulator must match.
-#include "guard.h"
+#include "guarded.h"
 #include "ptx/copy.h"
 #include "ptx/launch.h"
 #include "ptx/matrix.h"
