@@ -25,7 +25,7 @@ inline constexpr int64_t kMaxTaskRows = 128;
 
 // The cache is split only where there are too few rows to keep a machine busy without it.
 inline constexpr int64_t kSplitRows = 64;
-inline constexpr int64_t kDecodeSplitElements = 64 * 1024;  // of keys and values, one task
+inline constexpr int64_t kDecodeSplitElements = 128 * 1024;  // of keys and values, one task
 inline constexpr int64_t kMatrixSplitKeys = 1024;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
