@@ -116,7 +116,7 @@ sanitize: $(VENV)/test.stamp
 	cp -r flashkern/*.py flashkern/compat flashkern/integrations $(SANITIZED)/flashkern/
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && PYTHONPATH=. $(SANITIZE_RUN_$(SANITIZER)) \
-	  $(PY) -m pytest -s -p no:cacheprovider $(SANITIZE_TESTS)
+	  $(PY) -m pytest -s -p no:cacheprovider --ignore-glob "*gpu_build*" $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info flashkern/*.so build.log
