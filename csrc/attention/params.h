@@ -49,6 +49,7 @@ struct Problem {
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1,), both or neither
   const int32_t* cu_seqlens_k = nullptr;
+  int64_t packed_q = 0, packed_k = 0;   // rows of the packed tensors
   const int32_t* kv_lengths = nullptr;  // (batch,): keys from here on are not seen
   const int32_t* page_table = nullptr;  // (batch, pages)
   int64_t page_table_row = 0, page_size = 0;
