@@ -3,12 +3,16 @@
 #
 #   make bench [PROFILE=quick|full]   builds, measures, writes reports/
 #   make test                         builds, runs every test
-#   make test-emulated                the tests that run CUDA kernels on the host
+#   make test-emulated [VARIANT=plain|race|asan]   the tests that run CUDA kernels on the host
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
 #   make wheel                        a wheel in dist/
 #   make dev [PYTHON=...]             builds in place without an environment, for work on the kernels
+#   make gpu [PYTHON=...]             on a machine with a GPU: gpu-test, then gpu-bench; no network
+#   make gpu-test                     builds for this GPU; the tests on it, compute-sanitizer,
+#                                     vectors of its instructions (each of the two: 10 minutes)
+#   make gpu-bench                    builds for this GPU; measures into benchmarks/results/<gpu>/
 #   make clean                        removes what was built, but not the environment in .venv
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
@@ -21,7 +25,8 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help bench test test-emulated lint format sanitize wheel dev clean
+.PHONY: help bench test test-emulated lint format sanitize wheel dev gpu gpu-test \
+  gpu-bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^SHELL/q' Makefile
@@ -31,6 +36,9 @@ bench: $(VENV)/bench.stamp $(VENV)/built.stamp
 
 test: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(PY) -m pytest tests --ignore tests/emulator
+	$(PY) -m pytest tests/emulator
+	$(MAKE) test-emulated VARIANT=race
+	$(MAKE) test-emulated VARIANT=asan
 	$(MAKE) test-emulated
 
 lint: $(VENV)/lint.stamp
@@ -86,16 +94,20 @@ dev:  # cmake and ninja may be there as packages of that Python alone
 	  || (cat build.log; exit 1)) && \
 	cmake --build $(BUILD) && cmake --install $(BUILD) > build.log
 
-# One library in a process: the emulated tests have their own. Built beside flashkern/'s own files.
-EMULATED := build/emulated
+# One library in a process: the emulated tests have their own. Built beside flashkern/'s own files,
+# each variant in place of the one before it.
+VARIANT ?= plain
+EMULATED := build/emulated-$(VARIANT)
 TESTS ?= tests/attention tests/lora tests/beam
+EMULATED_RUN_asan = $(SANITIZE_RUN_address)
 test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 	@cmake -G Ninja -S . -B $(EMULATED) -DCMAKE_INSTALL_PREFIX=$(OUT) -DFLASHKERN_ISAS=portable \
-	  -DFLASHKERN_CUDA=0 $(CMAKE_ARGS) -DPython_EXECUTABLE=$(PY) > build.log || (cat build.log; exit 1)
+	  -DFLASHKERN_CUDA=0 -DFLASHKERN_EMULATED_VARIANT=$(VARIANT) $(CMAKE_ARGS) \
+	  -DPython_EXECUTABLE=$(PY) > build.log || (cat build.log; exit 1)
 	@cmake --build $(EMULATED) --target flashkern_emulated
 	@cmake --install $(EMULATED) --component emulated > build.log
-	FLASHKERN_BACKEND=emulated $(PY) -m pytest $(TESTS)
-	$(PY) -m pytest tests/emulator
+	FLASHKERN_BACKEND=emulated $(EMULATED_RUN_$(VARIANT)) \
+	  $(PY) -m pytest $(if $(filter asan,$(VARIANT)),-s) $(TESTS)
 
 # The package is copied beside the sanitized library. The sanitizer must be the first library in the
 # process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses
@@ -117,6 +129,13 @@ sanitize: $(VENV)/test.stamp
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && PYTHONPATH=. $(SANITIZE_RUN_$(SANITIZER)) \
 	  $(PY) -m pytest -s -p no:cacheprovider --ignore-glob "*gpu_build*" $(SANITIZE_TESTS)
+
+# What is there is used, what is missing is named: tools/gpu.py. A failed test does not stop gpu.
+gpu:
+	@$(PYTHON) -m tools.gpu test bench
+
+gpu-test gpu-bench:
+	@$(PYTHON) -m tools.gpu $(@:gpu-%=%)
 
 clean:
 	rm -rf build dist *.egg-info flashkern/*.so build.log

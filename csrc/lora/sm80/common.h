@@ -12,18 +12,25 @@
 
 namespace flashkern::sm80 {
 
+// A row's adapter; -1 where its id names none.
+FK_DEVICE int adapter_of(const int64_t* ids, int64_t row, int count) {
+  const int64_t id = ids[row];
+  return id >= 0 && id < count ? static_cast<int>(id) : -1;
+}
+
 // Rows sorted by adapter, rows without one first: adapter n has positions starts[n] to
 // starts[n + 1]. Null pointers: every row has adapter 0 and lies at its own position.
 struct RowOrder {
   const int* order = nullptr;
   const int* starts = nullptr;
   const int64_t* ids = nullptr;
+  int count = 1;  // adapters
 
   FK_DEVICE int64_t row(int64_t position) const {
     return order != nullptr ? order[position] : position;
   }
   FK_DEVICE int adapter(int64_t position) const {
-    return ids != nullptr ? static_cast<int>(ids[order[position]]) : 0;
+    return ids != nullptr ? adapter_of(ids, order[position], count) : 0;
   }
   FK_DEVICE bool empty(int adapter) const {
     return ids != nullptr && starts[adapter] == starts[adapter + 1];
@@ -52,7 +59,7 @@ struct Factor {
 };
 
 struct Keep {
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;
   bool all = true;     // no dropout
   uint32_t below = 0;  // a word up to here drops its element
 
@@ -62,7 +69,7 @@ struct Keep {
 
   // The words of columns [4 quad, 4 quad + 4) of a row.
   FK_DEVICE Philox4 words(int64_t row, int64_t quad) const {
-    return philox(seed, static_cast<uint32_t>(quad), static_cast<uint32_t>(row), 0, 0);
+    return philox(*seed, static_cast<uint32_t>(quad), static_cast<uint32_t>(row), 0, 0);
   }
 };
 
