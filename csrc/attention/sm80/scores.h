@@ -155,7 +155,7 @@ FK_DEVICE bool kept(const Problem& p, uint64_t threshold, int batch, int head, i
 // The same of `key`, which is even, and of its neighbour: two bits.
 FK_DEVICE uint32_t kept_pair(const Problem& p, uint64_t threshold, int batch, const Row& row,
                              int key) {
-  const Philox4 words = philox(p.seed, static_cast<uint32_t>(key / 4), row.query, row.head, batch);
+  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(key / 4), row.query, row.head, batch);
   const bool upper = key % 4 == 2;
   const uint32_t first = upper ? words.word[2] : words.word[0];
   const uint32_t second = upper ? words.word[3] : words.word[1];
