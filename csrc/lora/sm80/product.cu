@@ -19,8 +19,8 @@
 // pieces each (three products), so that no h is too large or too small. Several adapters: rows are
 // sorted, and each adapter that a tile meets adds its product with other rows' h as zeros.
 //
-// Numerics: float32 sums, the bias added to them, one rounding. Where the base product is already
-// in `out` (BLAS's), it is added in float32 and rounded once more.
+// Numerics: float32 sums, the bias added to them, one rounding. Without a depth the sum is the
+// adapter's alone: BLAS adds the base product to it.
 //
 // Hu et al.: LoRA (arXiv 2106.09685); Zhu et al.: LoRAFusion (arXiv 2510.00206) for the order.
 #include "lora/sm80/kernels.h"
@@ -29,7 +29,7 @@
 namespace flashkern::sm80 {
 namespace {
 
-constexpr int kTile = 128, kDepth = 32, kThreads = 128, kStages = 4, kBand = 8;
+constexpr int kTile = kProductTile, kDepth = 32, kThreads = 128, kStages = 4, kBand = 8;
 constexpr int kStrips = 8, kSlabs = 4;  // a warp's 64 x 64: slabs of 16 rows, strips of 8 columns
 constexpr int kPitch = kTile + 8;       // of the finished tile: 16 bytes more turn the banks
 
@@ -247,19 +247,16 @@ FK_DEVICE void add_adapters(typename Storage<T>::Stage& stage, const ProductPara
 
 // ---- the end ----
 
-// Bias and what `out` holds, where a lane's sums lie; then rounded into the finished tile.
+// The bias, where a lane's sums lie; then rounded into the finished tile.
 template <class T>
 FK_DEVICE void finish(T* tile, const Params& p, const Place& at, const Sums& sums) {
   const ProductParams& call = p.call;
   const auto* bias = static_cast<const T*>(call.bias);
-  const auto* out = static_cast<const T*>(call.out);
 #pragma unroll
   for (int i = 0; i < kSlabs; ++i) {
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
       const int row = at.warp_row + 16 * i + at.lane / 4 + 4 * e;
-      const int64_t position = at.row + row;
-      const int64_t offset = position < call.rows ? call.order.row(position) * call.columns : 0;
 #pragma unroll
       for (int j = 0; j < kStrips; ++j) {
         const int within = at.warp_column + 8 * j + at.lane % 4 * 2;
@@ -269,7 +266,6 @@ FK_DEVICE void finish(T* tile, const Params& p, const Place& at, const Sums& sum
           const int64_t column = at.column + within + c;
           if (column >= call.columns) continue;
           if (bias != nullptr) v[c] += ptx::to_float(bias[column]);
-          if (call.add && position < call.rows) v[c] += ptx::to_float(out[offset + column]);
         }
         *reinterpret_cast<uint32_t*>(tile + row * kPitch + within) = ptx::pack<T>(v[0], v[1]);
       }
