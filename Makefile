@@ -9,6 +9,10 @@
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
 #   make wheel                        a wheel in dist/
 #   make dev [PYTHON=...]             builds in place without an environment, for work on the kernels
+#   make gpu [PYTHON=...]             on a machine with a GPU: gpu-test, then gpu-bench; no network
+#   make gpu-test                     builds for this GPU; the tests on it, compute-sanitizer,
+#                                     vectors of its instructions (each of the two: 10 minutes)
+#   make gpu-bench                    builds for this GPU; measures into benchmarks/results/<gpu>/
 #   make clean                        removes what was built, but not the environment in .venv
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
@@ -21,7 +25,8 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help bench test test-emulated lint format sanitize wheel dev clean
+.PHONY: help bench test test-emulated lint format sanitize wheel dev gpu gpu-test \
+  gpu-bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^SHELL/q' Makefile
@@ -124,6 +129,13 @@ sanitize: $(VENV)/test.stamp
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && PYTHONPATH=. $(SANITIZE_RUN_$(SANITIZER)) \
 	  $(PY) -m pytest -s -p no:cacheprovider --ignore-glob "*gpu_build*" $(SANITIZE_TESTS)
+
+# What is there is used, what is missing is named: tools/gpu.py. A failed test does not stop gpu.
+gpu:
+	@$(PYTHON) -m tools.gpu test bench
+
+gpu-test gpu-bench:
+	@$(PYTHON) -m tools.gpu $(@:gpu-%=%)
 
 clean:
 	rm -rf build dist *.egg-info flashkern/*.so build.log

@@ -89,5 +89,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CUDA, m) {
   m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv));
   m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward));
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk));
+  m.impl("lora_linear", TORCH_BOX(&flashkern::lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&flashkern::lora_linear_backward));
 }
 #endif

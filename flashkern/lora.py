@@ -106,7 +106,8 @@ def lora_linear_multi(
 
     Raises:
         ValueError, TypeError: as :func:`lora_linear`, and adapter_ids of another shape.
-        RuntimeError: an id outside [-1, n).
+        RuntimeError: an id outside [-1, n), on a CPU. A GPU's ids are not waited for: such a row
+            gets no adapter there.
 
     Source: Chen et al.: Punica: Multi-Tenant LoRA Serving (arXiv 2310.18547).
 

@@ -2,18 +2,29 @@
 
 A test that takes ``backend`` runs on each back end of this process: every instruction set of this
 CPU and a GPU if there is one; or, with FLASHKERN_BACKEND=emulated, the CUDA kernels' sources on the
-CPU, and then no other test runs. New tensors land on the back end's device by themselves.
+CPU, and then no other test runs; ``--backend=cuda`` runs one back end's tests alone. New tensors
+land on the back end's device by themselves.
 
 ``@pytest.mark.kernels("attention_forward", ...)`` names the operators that a test needs: where a
 back end lacks one of them the test is left out.
 """
 
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
+
+if find_spec("hypothesis") is None:  # its tests are skipped, the others of their files are not
+    sys.modules["hypothesis"] = absent = MagicMock()
+    absent.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
+    absent.settings.return_value = lambda test: test
 
 import flashkern
 from flashkern import _ops
@@ -70,17 +81,49 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with torch.device(device):
         yield request.param
     flashkern.cpu_isa(before)
+    if device == "cuda":
+        settle(request.node.nodeid)
+
+
+def settle(test: str) -> None:
+    """Waits for the GPU. A kernel's fault ends the process, in which nothing would run any more.
+
+    Under pytest-xdist another worker takes its place.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{test}: {error}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU gave up in {test}: {error}", returncode=1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", default="", help="the tests of this back end alone: cuda, avx2")
+    parser.addoption("--stop-at", type=float, default=0.0, help="skip what starts after that time")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    end = item.config.getoption("--stop-at")
+    if end and time.time() > end:
+        pytest.skip("out of time")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In an emulated process: the tests of back ends alone, and none that takes long."""
-    if not EMULATED:
+    """One back end's tests where one is asked for; in an emulated process none that takes long."""
+    asked = "emulated" if EMULATED else config.getoption("--backend")
+    if not asked:
         return
-    chosen = [
-        item
-        for item in items
-        if "backend" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("long")
-    ]
+    if asked not in backends():
+        raise pytest.UsageError(f"--backend must be one of {backends()}, got {asked!r}")
+
+    def belongs(item: pytest.Item) -> bool:
+        long = EMULATED and item.get_closest_marker("long")
+        callspec = getattr(item, "callspec", None)
+        return callspec is not None and callspec.params.get("backend") == asked and not long
+
+    chosen = [item for item in items if belongs(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
@@ -107,19 +150,21 @@ def available_memory() -> int:
 
 
 @pytest.fixture
-def far() -> Callable[[Tensor, int], Tensor]:
+def far() -> Iterator[Callable[[Tensor, int], Tensor]]:
     """Gives a tensor again with its last element past 2^31 elements along one dimension.
 
     All share one block of 2-byte elements. Only pages that hold a value are ever touched.
     """
-    if available_memory() < 8 << 30:
-        pytest.skip("less than 8 GiB of memory available")
     room, gap = 1 << 22, (1 << 31) + (1 << 24)
-    block = torch.empty(gap + 8 * room, dtype=torch.bfloat16)
-    taken = 0
+    block, taken = torch.empty(0), 0
 
     def move(x: Tensor, dim: int) -> Tensor:
-        nonlocal taken
+        nonlocal taken, block
+        if not taken:
+            free = torch.cuda.mem_get_info()[0] if x.is_cuda else available_memory()
+            if free < 8 << 30:
+                pytest.skip("less than 8 GiB of memory available")
+            block = torch.empty(gap + 8 * room, dtype=torch.bfloat16, device=x.device)
         strides = list(torch.empty_like(x[(slice(None),) * dim + (0,)]).contiguous().stride())
         strides.insert(dim, gap // (x.shape[dim] - 1))
         block_of_dtype = block.view(x.dtype)
@@ -129,4 +174,7 @@ def far() -> Callable[[Tensor, int], Tensor]:
         assert copy.stride(dim) * (x.shape[dim] - 1) > 1 << 31
         return copy
 
-    return move
+    yield move
+    block = torch.empty(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

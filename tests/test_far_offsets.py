@@ -9,6 +9,7 @@ from torch import Tensor
 import flashkern as fk
 
 Far = Callable[[Tensor, int], Tensor]
+pytestmark = pytest.mark.long
 
 
 def draw(*shape: int) -> Tensor:
@@ -20,9 +21,10 @@ def differentiate(tensors: list[Tensor], direction: Tensor) -> tuple[Tensor, ...
     return torch.autograd.grad(fk.attention(*leaves, causal=True), leaves, direction)
 
 
+@pytest.mark.kernels("attention_forward")
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_attention(far: Far, isa: str, rows: int, dim: int) -> None:
+def test_attention(far: Far, backend: str, rows: int, dim: int) -> None:
     near = [draw(2, 2, rows, 64), draw(2, 2, 150, 64), draw(2, 2, 150, 64)]
     distant = [far(t, dim) if t.shape[dim] > 1 else t for t in near]
     for causal in (False, True):
@@ -30,16 +32,18 @@ def test_attention(far: Far, isa: str, rows: int, dim: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.kernels("attention_backward")
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
-def test_attention_backward(far: Far, isa: str, dim: int) -> None:
+def test_attention_backward(far: Far, backend: str, dim: int) -> None:
     near = [draw(2, 2, 70, 64), draw(2, 2, 250, 64), draw(2, 2, 250, 64), draw(2, 2, 70, 64)]
     distant = [far(t, dim) for t in near]
     one, other = (differentiate(t[:3], t[3]) for t in (near, distant))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.kernels("attention_forward", "attention_append_kv")
 @pytest.mark.parametrize("rows", [1, 20])
-def test_paged_cache(far: Far, isa: str, rows: int) -> None:
+def test_paged_cache(far: Far, backend: str, rows: int) -> None:
     """Pages beyond the offset take the new tokens and give them back."""
     query, k, v = draw(2, 4, rows, 64), draw(2, 2, rows, 64), draw(2, 2, rows, 64)
     near = [draw(9, 2, 16, 64) for _ in range(2)]
@@ -54,14 +58,16 @@ def test_paged_cache(far: Far, isa: str, rows: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(near, distant, strict=True))
 
 
+@pytest.mark.kernels("beam_topk")
 @pytest.mark.parametrize("dim", [0, 1], ids=["batch", "beam"])
-def test_beam_topk(far: Far, isa: str, dim: int) -> None:
+def test_beam_topk(far: Far, backend: str, dim: int) -> None:
     logits, scores = draw(2, 3, 5000), torch.randn(2, 3)
     one, other = (fk.beam_topk(x, scores, 20) for x in (logits, far(logits, dim)))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_beam_topk_of_more_than_2_to_31_candidates() -> None:
+@pytest.mark.kernels("beam_topk")
+def test_beam_topk_of_more_than_2_to_31_candidates(backend: str) -> None:
     """The flat index of a candidate needs all of its 32 bits."""
     beams, vocab = 2100, 1 << 20
     logits = torch.zeros(vocab, dtype=torch.bfloat16)
@@ -73,7 +79,8 @@ def test_beam_topk_of_more_than_2_to_31_candidates() -> None:
     assert best.tokens.tolist() == [[vocab - 1, 3, vocab - 1, 3]]
 
 
-def test_lora_linear(far: Far, isa: str) -> None:
+@pytest.mark.kernels("lora_linear", "lora_linear_backward")
+def test_lora_linear(far: Far, backend: str) -> None:
     x, grad = draw(110, 48), draw(110, 32)
     weight, a, b = draw(32, 48), torch.randn(8, 48), torch.randn(32, 8)
     results = []

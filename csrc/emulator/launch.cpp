@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <numeric>
+#include <optional>
 
 #include "emulator/cuda_runtime.h"
 #include "emulator/device.h"
@@ -15,12 +16,14 @@ dim3 blockDim, gridDim;
 namespace flashkern::emulator {
 namespace {
 
-uint64_t initial_seed() {
+std::optional<uint64_t> chosen_seed;
+
+// Asked for at every launch: a test may change the variable between two.
+uint64_t seed() {
+  if (chosen_seed) return *chosen_seed;
   const char* text = std::getenv("FLASHKERN_EMULATOR_SEED");
   return text != nullptr ? std::strtoull(text, nullptr, 10) : 1;
 }
-
-uint64_t seed = initial_seed();
 
 uint64_t product(const uint32_t (&v)[3]) { return uint64_t{v[0]} * v[1] * v[2]; }
 
@@ -120,7 +123,7 @@ void run_clusters(const Shape& shape, const std::vector<uint64_t>& order, size_t
 }
 
 void seed_schedule() {
-  machine.random = (seed + 1) * 0x9e3779b97f4a7c15u | 1;
+  machine.random = (seed() + 1) * 0x9e3779b97f4a7c15u | 1;
   for (int i = 0; i < 4; ++i) random_bits();
   // Some seeds run a warp until it waits, some interleave warps finely; some land copies early.
   constexpr uint32_t kPreempt[] = {0, 1u << 25, 1u << 28, 1u << 30};
@@ -131,7 +134,7 @@ void seed_schedule() {
 
 }  // namespace
 
-void set_seed(uint64_t value) { seed = value; }
+void set_seed(uint64_t value) { chosen_seed = value; }
 
 void run(const void* kernel, const Shape& shape, void (*call)(const void*), const void* context) {
   static std::mutex one_at_a_time;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "lora/gpu.h"
 #include "lora/params.h"
 #include "torch/device.h"
 #include "torch/threads.h"
@@ -17,7 +18,7 @@ namespace {
 Tensor base_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -31,6 +32,9 @@ LoraChoice& lora_choice() {
 // own tiles read a weight whose rows are contiguous.
 LoraBase choose_base(const Tensor& x, int64_t rows, const Tensor& weight, bool forward) {
   if (!weight.is_contiguous()) return LoraBase::kBlas;
+  if constexpr (kGpuKernels) {
+    if (on_gpu(x)) return gpu::lora_base(rows, dtype_of(x), forward, lora_choice());
+  }
   return lora_base(rows, dtype_of(x), forward, lora_choice(), cpu_facts());
 }
 
@@ -55,6 +59,19 @@ struct RowView {
   }
 };
 
+uint64_t seed_of(const Tensor& seed) {
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+Tensor multiply(const Tensor& t, double factor) {
+  using torch::stable::detail::from;
+  const Tensor number = torch::stable::fill_(empty<1>(t, {1}, t.scalar_type()), factor);
+  std::array<StableIValue, 2> stack{from(t), from(number)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Holds what the params point to.
 struct Adapters {
   Tensor a, b;
@@ -71,37 +88,48 @@ struct Adapters {
     const int64_t count = several ? a.size(0) : 1;
     STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.dim() == (several ? 3 : 2),
                     "lora_linear: lora_a and lora_b must be alike");
-    if (several) {
-      ids = packed(*ids_);
-      scalings = packed(*scalings_);
-      STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->numel() == rows,
-                      "lora_linear: adapter_ids must be int64, one for each row");
-      STD_TORCH_CHECK(scalings->scalar_type() == ScalarType::Double && scalings->numel() == count,
-                      "lora_linear: scaling must be float64, one for each adapter");
-      const auto* id = static_cast<const int64_t*>(ids->const_data_ptr());
-      for (int64_t i = 0; i < rows; ++i) {
-        STD_TORCH_CHECK(id[i] >= -1 && id[i] < count,
-                        "lora_linear_multi: adapter_ids must lie in [-1, ", count, "), got ",
-                        id[i]);
-      }
-      const auto* s = static_cast<const double*>(scalings->const_data_ptr());
-      scale.assign(s, s + count);
-    } else {
-      scale.assign(1, scaling);
-    }
+    double kept = 1.0;
     if (dropout_p > 0.0) {
       STD_TORCH_CHECK(seed.has_value(), "lora_linear: dropout needs a seed");
-      dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+      dropout.seed = seed_of(*seed);
       dropout.threshold = dropout_threshold(dropout_p);
-      for (double& s : scale) s = dropout_p < 1.0 ? s / (1.0 - dropout_p) : 0.0;
+      kept = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
     }
     params = {count,
               a.size(several ? 1 : 0),
               dtype_of(a),
               a.const_data_ptr(),
               b.const_data_ptr(),
-              scale.data(),
-              several ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
+              nullptr,
+              nullptr};
+    if (several) {
+      take_rows(*ids_, *scalings_, kept, rows);
+    } else {
+      scale.assign(1, scaling * kept);
+      params.scale = scale.data();
+    }
+  }
+
+ private:
+  // An adapter for each row. On a GPU nobody looks at the ids or waits for them.
+  void take_rows(const Tensor& ids_, const Tensor& scalings_, double kept, int64_t rows) {
+    const int64_t count = params.count;
+    ids = packed(ids_);
+    scalings = packed(scalings_);
+    STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->numel() == rows,
+                    "lora_linear: adapter_ids must be int64, one for each row");
+    STD_TORCH_CHECK(scalings->scalar_type() == ScalarType::Double && scalings->numel() == count,
+                    "lora_linear: scaling must be float64, one for each adapter");
+    STD_TORCH_CHECK(ids->is_cuda() == a.is_cuda() && scalings->is_cuda() == a.is_cuda(),
+                    "lora_linear: adapter_ids and scaling must be on lora_a's device");
+    if (kept != 1.0) scalings = multiply(*scalings, kept);
+    params.ids = static_cast<const int64_t*>(ids->const_data_ptr());
+    params.scale = static_cast<const double*>(scalings->const_data_ptr());
+    for (int64_t i = 0; !on_gpu(a) && i < rows; ++i) {
+      STD_TORCH_CHECK(params.ids[i] >= -1 && params.ids[i] < count,
+                      "lora_linear_multi: adapter_ids must lie in [-1, ", count, "), got ",
+                      params.ids[i]);
+    }
   }
 };
 
@@ -130,6 +158,37 @@ Tensor empty_result(const Tensor& x, int64_t out) {
   return empty(x, sizes, x.scalar_type());
 }
 
+template <class Params>
+Tensor workspace_of(const Params& p, const Tensor& x) {
+  STD_TORCH_CHECK(p.dtype != DType::kFloat64,
+                  "lora_linear: x must have dtype float32, bfloat16 or float16 on a GPU");
+  return empty<1>(x, {gpu::lora_workspace(p)}, ScalarType::Byte);
+}
+
+void launch(const LoraForward& p, const Tensor& x) {
+  if (on_gpu(x)) {
+    if constexpr (kGpuKernels) {
+      const GpuScope scope(x);
+      gpu::lora_forward(p, workspace_of(p, x).mutable_data_ptr(), scope.stream());
+    }
+  } else if constexpr (kCpuKernels) {
+    const bool wide = p.dtype == DType::kFloat64;
+    wide ? lora_forward_plain(p, torch_threads()) : lora_forward(p, torch_threads());
+  }
+}
+
+void launch(const LoraBackward& p, const Tensor& x) {
+  if (on_gpu(x)) {
+    if constexpr (kGpuKernels) {
+      const GpuScope scope(x);
+      gpu::lora_backward(p, workspace_of(p, x).mutable_data_ptr(), scope.stream());
+    }
+  } else if constexpr (kCpuKernels) {
+    const bool wide = p.dtype == DType::kFloat64;
+    wide ? lora_backward_plain(p, torch_threads()) : lora_backward(p, torch_threads());
+  }
+}
+
 }  // namespace
 
 std::string set_lora_base(std::string name) {
@@ -155,23 +214,20 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   std::optional<Tensor> added;
   if (bias.has_value()) added.emplace(packed(*bias));
   const Tensor h = empty<2>(x, {view.rows, adapters.params.rank}, sum_type(x));
-  LoraForward p{view.rows,
-                weight.size(1),
-                weight.size(0),
-                dtype_of(x),
-                base,
-                view.tensor.const_data_ptr(),
-                view.row,
-                weight.const_data_ptr(),
-                added.has_value() ? added->const_data_ptr() : nullptr,
-                y.mutable_data_ptr(),
-                h.mutable_data_ptr(),
-                adapters.params,
-                adapters.dropout};
-  if constexpr (kCpuKernels) {
-    p.dtype == DType::kFloat64 ? lora_forward_plain(p, torch_threads())
-                               : lora_forward(p, torch_threads());
-  }
+  const LoraForward p{view.rows,
+                      weight.size(1),
+                      weight.size(0),
+                      dtype_of(x),
+                      base,
+                      view.tensor.const_data_ptr(),
+                      view.row,
+                      weight.const_data_ptr(),
+                      added.has_value() ? added->const_data_ptr() : nullptr,
+                      y.mutable_data_ptr(),
+                      h.mutable_data_ptr(),
+                      adapters.params,
+                      adapters.dropout};
+  launch(p, x);
   return {y, h};
 }
 
@@ -188,28 +244,23 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
   const Tensor dx = blas ? packed(torch::stable::matmul(dy.tensor, weight)) : empty_of(x, need_x);
   const Tensor da = empty_of(adapters.a, need_a), db = empty_of(adapters.b, need_b);
   const Tensor kept = packed(h);
-  LoraBackward p{view.rows,
-                 weight.size(1),
-                 weight.size(0),
-                 dtype_of(x),
-                 base,
-                 view.tensor.const_data_ptr(),
-                 view.row,
-                 dy.tensor.const_data_ptr(),
-                 dy.row,
-                 kept.const_data_ptr(),
-                 weight.const_data_ptr(),
-                 need_x ? dx.mutable_data_ptr() : nullptr,
-                 need_a ? da.mutable_data_ptr() : nullptr,
-                 need_b ? db.mutable_data_ptr() : nullptr,
-                 adapters.params,
-                 adapters.dropout};
-  if (need_x || need_a || need_b) {
-    if constexpr (kCpuKernels) {
-      p.dtype == DType::kFloat64 ? lora_backward_plain(p, torch_threads())
-                                 : lora_backward(p, torch_threads());
-    }
-  }
+  const LoraBackward p{view.rows,
+                       weight.size(1),
+                       weight.size(0),
+                       dtype_of(x),
+                       base,
+                       view.tensor.const_data_ptr(),
+                       view.row,
+                       dy.tensor.const_data_ptr(),
+                       dy.row,
+                       kept.const_data_ptr(),
+                       weight.const_data_ptr(),
+                       need_x ? dx.mutable_data_ptr() : nullptr,
+                       need_a ? da.mutable_data_ptr() : nullptr,
+                       need_b ? db.mutable_data_ptr() : nullptr,
+                       adapters.params,
+                       adapters.dropout};
+  if (need_x || need_a || need_b) launch(p, x);
   return {dx, da, db};
 }
 

@@ -49,7 +49,7 @@ inline Tensor empty_strided(const Tensor& like, std::span<const int64_t> sizes,
   using torch::stable::detail::to;
   AtenTensorHandle tensor;
   const bool gpu = like.is_cuda();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)),
       gpu ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
       gpu ? like.get_device_index() : 0, &tensor));

@@ -126,6 +126,19 @@ def test_adversaries(backend: str, values: str, k: int, dtype: torch.dtype) -> N
     assert rank_by_definition(logits, scores, k, fk.beam_topk(logits, scores, k))
 
 
+def test_one_step_above_the_kth(backend: str) -> None:
+    """Where candidates outgrow their room the k best stay; any value above still wins."""
+    logits = torch.full((1, 1, 64 * 512), 1.5)
+    logits[0, 0, : 10 * 512 : 2] = 2.0  # 2560 candidates in ten chunks, 63 chunks above the rest
+    logits[0, 0, -512:] = 0.0
+    winner = 40 * 512 + 7
+    logits[0, 0, winner] = torch.tensor(2.0).nextafter(torch.tensor(INF))
+    zero = torch.zeros(1, 1)
+    result = fk.beam_topk(logits, zero, 64, logsumexp=zero)
+    assert equal(result, reference.beam_topk(logits, zero, 64, zero))
+    assert result.tokens[0, :3].tolist() == [winner, 0, 2]
+
+
 def _adversary(values: str) -> Tensor:
     shape, vocab = (2, 3, 5003), 5003
     if values == "equal":

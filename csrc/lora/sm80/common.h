@@ -12,18 +12,25 @@
 
 namespace flashkern::sm80 {
 
+// A row's adapter; -1 where its id names none.
+FK_DEVICE int adapter_of(const int64_t* ids, int64_t row, int count) {
+  const int64_t id = ids[row];
+  return id >= 0 && id < count ? static_cast<int>(id) : -1;
+}
+
 // Rows sorted by adapter, rows without one first: adapter n has positions starts[n] to
 // starts[n + 1]. Null pointers: every row has adapter 0 and lies at its own position.
 struct RowOrder {
   const int* order = nullptr;
   const int* starts = nullptr;
   const int64_t* ids = nullptr;
+  int count = 1;  // adapters
 
   FK_DEVICE int64_t row(int64_t position) const {
     return order != nullptr ? order[position] : position;
   }
   FK_DEVICE int adapter(int64_t position) const {
-    return ids != nullptr ? static_cast<int>(ids[order[position]]) : 0;
+    return ids != nullptr ? adapter_of(ids, order[position], count) : 0;
   }
   FK_DEVICE bool empty(int adapter) const {
     return ids != nullptr && starts[adapter] == starts[adapter + 1];

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kStrips == 8 ? 1 : 2)
     const int64_t column = first + i % kColumns;
     const int row = i / kColumns;
     if (column >= p.out) continue;
-    const int adapter = p.ids != nullptr ? static_cast<int>(p.ids[row]) : 0;
+    const int adapter = p.ids != nullptr ? adapter_of(p.ids, row, p.count) : 0;
     const float* h = p.shrinks ? shared.h[row] : p.h + row * p.rank;
     float value = sum_of(shared, i % kColumns, row);
     for (int r = 0; adapter >= 0 && r < p.rank; ++r) {

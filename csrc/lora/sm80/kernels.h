@@ -104,6 +104,7 @@ struct DecodeParams {
   float scale;
   bool shrinks;        // h is computed here; else it is read
   const int64_t* ids;  // of the rows' adapters, or null
+  int count;           // adapters
 };
 void decode(const DecodeParams& p, cudaStream_t stream);
 

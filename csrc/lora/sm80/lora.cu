@@ -30,7 +30,7 @@ RowOrder sorted(const LoraAdapters& ad, int64_t rows, Workspace& workspace, cuda
   int* order = workspace.take<int>(rows);
   int* starts = workspace.take<int>(ad.count + 1);
   sort_rows(ad.ids, rows, ad.count, order, starts, stream);
-  return {order, starts, ad.ids};
+  return {order, starts, ad.ids, static_cast<int>(ad.count)};
 }
 
 // A and B as the kernels see them: `along` is the dimension that the sum runs over.
@@ -81,7 +81,7 @@ void lora_forward(const LoraForward& p, void* memory, GpuStream stream) {
   }
   if (few) {
     return decode({static_cast<int>(p.rows), p.in, p.out, p.dtype, p.x, p.x_row, p.weight, p.bias,
-                   p.y, h, a, b, rank, host_scale(ad), shrinks, ad.ids},
+                   p.y, h, a, b, rank, host_scale(ad), shrinks, ad.ids, static_cast<int>(ad.count)},
                   stream);
   }
   const bool blas = p.base == LoraBase::kBlas;

@@ -40,9 +40,11 @@ FK_DEVICE int scan_block(Storage& shared, int value, int& total) {
 __global__ void __launch_bounds__(kThreads)
     sort_kernel(const int64_t* ids, int rows, int* order, int* starts) {
   auto& shared = ptx::shared_storage<Storage>();
-  const int own = static_cast<int>(blockIdx.x) - 1;
+  const int own = static_cast<int>(blockIdx.x) - 1, count = static_cast<int>(gridDim.x) - 1;
   int smaller = 0, next = 0, total = 0;
-  for (int i = threadIdx.x; i < rows; i += kThreads) smaller += ids[i] < own;
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
+    smaller += adapter_of(ids, i, count) < own;
+  }
   scan_block(shared, smaller, next);
   if (threadIdx.x == 0) {
     if (own >= 0) starts[own] = next;
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int first = 0; first < rows; first += kThreads) {
     const int i = first + threadIdx.x;
-    const int mine = i < rows && ids[i] == own;
+    const int mine = i < rows && adapter_of(ids, i, count) == own;
     const int before = scan_block(shared, mine, total);
     if (mine) order[next + before] = i;
     next += total;

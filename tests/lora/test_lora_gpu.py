@@ -1,0 +1,81 @@
+"""What the CUDA kernels of lora_linear do that no CPU kernel does: few rows, unchecked ids."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashkern as fk
+from flashkern import reference
+from flashkern._ops import ops
+
+pytestmark = pytest.mark.kernels("lora_linear", "lora_linear_backward")
+
+
+def problem(rows: int, adapters: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, weight, a, b, ids; rows of whole 16-byte chunks, as a decoding step has them."""
+    a, b = torch.randn(adapters, rank, 128) / 11, torch.randn(adapters, 72, rank) / rank**0.5
+    ids = torch.randint(-1, adapters, (rows,))
+    return torch.randn(rows, 128).to(dtype), (torch.randn(72, 128) / 11).to(dtype), a, b, ids
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows,rank", [(1, 8), (7, 33), (16, 64), (40, 20), (64, 70)])
+def test_few_rows(backend: str, rows: int, rank: int, dtype: torch.dtype) -> None:
+    """One launch for one adapter; a shrink before it for several, for dropout, for high ranks."""
+    x, weight, a, b, ids = problem(rows, 3, rank, dtype)
+    bias = torch.randn(72).to(dtype)
+    exact = [t.double() for t in (x, weight, a, b, bias)]
+    eps = torch.finfo(dtype).eps
+    several = fk.lora_linear_multi(x, weight, a, b, ids, bias=bias, scaling=0.7)
+    want = reference.lora_linear_multi(*exact[:4], ids, bias=exact[4], scaling=0.7)
+    assert (several - want).norm() <= eps * want.norm()
+    for p in (0.0, 0.4):
+        torch.manual_seed(5)
+        seed = torch.randint(0, 2**63 - 1, (1,))
+        torch.manual_seed(5)
+        one = fk.lora_linear(x, weight, a[1], b[1], bias=bias, scaling=0.7, dropout_p=p)
+        want = reference.lora_linear(
+            *(exact[0], exact[1], exact[2][1], exact[3][1]),
+            **dict(bias=exact[4], scaling=0.7, dropout_p=p, seed=seed),
+        )
+        assert (one - want).norm() <= eps * want.norm()
+
+
+def forward_and_backward(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, ids: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    scalings = torch.linspace(0.5, 1.5, a.shape[0], dtype=torch.float64)
+    y, h = ops.lora_linear(x, weight, a, b, None, ids, scalings, 1.0, 0.0, None)
+    back = ops.lora_linear_backward(
+        grad, x, weight, a, b, h, ids, scalings, 1.0, 0.0, None, True, True, True
+    )
+    return y, h, *back
+
+
+@pytest.mark.parametrize("rows", [20, 200])
+def test_same_bits_in_any_order_of_blocks(
+    backend: str, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    x, weight, a, b, ids = problem(rows, 4, 12, torch.bfloat16)
+    grad = torch.randn(rows, 72).bfloat16()
+    first = forward_and_backward(x, weight, a, b, ids, grad)
+    assert not any(t.isnan().any() for t in first)
+    for seed in range(3):  # of the order in which the emulator takes blocks; a GPU has its own
+        monkeypatch.setenv("FLASHKERN_EMULATOR_SEED", str(seed))
+        again = forward_and_backward(x, weight, a, b, ids, grad)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("rows", [20, 200])
+def test_an_id_out_of_range_is_no_adapter(backend: str, rows: int) -> None:
+    """Ids on a GPU are not read by the host, and must not lead a kernel out of bounds."""
+    if backend not in ("emulated", "cuda"):
+        pytest.skip("a CPU refuses such ids")
+    x, weight, a, b, ids = problem(rows, 4, 12, torch.bfloat16)
+    grad = torch.randn(rows, 72).bfloat16()
+    bad = ids.clone()
+    bad[3], bad[7], bad[11] = 4, -2, 2**40
+    ids[[3, 7, 11]] = -1
+    got = forward_and_backward(x, weight, a, b, bad, grad)
+    want = forward_and_backward(x, weight, a, b, ids, grad)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
