@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from benchmarks.sampler import CONTROL, FLASHKERN
 
 ROOT = Path(__file__).resolve().parent.parent
 LATE = "out of time"
+WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")
 _HUNG = 90.0  # seconds without a word
 _MOST_STARTS = 12
 _REPORT = 20.0  # seconds kept for the report
@@ -56,6 +58,11 @@ class Log:
         for line in whole.splitlines():
             self._take(json.loads(line))
         return bool(whole)
+
+    def cut(self) -> None:
+        """Takes off the line that a worker did not finish."""
+        self.poll()
+        os.truncate(self.path, self._read)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "begin" in line:
@@ -96,10 +103,10 @@ def _watch(log: Log, process: subprocess.Popen[bytes], end: float) -> str | None
         if now - heard > _HUNG or now > end + 30:
             process.kill()
             process.wait()
-            log.poll()
+            log.cut()
             return f"no word for {now - heard:.0f} s"
         time.sleep(0.1)
-    log.poll()
+    log.cut()
     return None
 
 
@@ -107,8 +114,8 @@ def _measure(log: Log, names: list[str], seconds: float, only: str, rehearse: bo
     end = time.monotonic() + seconds
     for _ in range(_MOST_STARTS):
         first = max([names.index(name) + 1 for name in log.ended if name in names], default=0)
-        command = [sys.executable, "-m", "benchmarks.gpu_worker", str(log.path), str(first),
-                   f"{end - time.monotonic():.0f}", only, *(["--rehearse"] * rehearse)]  # fmt: skip
+        left = f"{end - time.monotonic():.0f}"
+        command = [*WORKER, str(log.path), str(first), left, only, *(["--rehearse"] * rehearse)]
         process = subprocess.Popen(command, cwd=ROOT)
         why = _watch(log, process, end)
         if log.done:
