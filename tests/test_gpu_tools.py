@@ -37,6 +37,27 @@ def test_findings() -> None:
     assert lines[0] == "Invalid __global__ read of size 16 bytes" and len(lines) == 4
 
 
+INITCHECK = """========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void cub::sort<float>(float *)+0x90
+=========     by thread (3,0,0) in block (1,0,0)
+=========
+========= Uninitialized __global__ memory read of size 2 bytes
+=========     at void flashkern::beam::scan<float>(Params)+0x1230
+=========     by thread (3,0,0) in block (1,0,0)
+=========
+every kernel ran: 213 results on cuda
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_initcheck_counts_only_kernels_of_flashkern() -> None:
+    assert gpu_tests.findings(INITCHECK) == 2 and gpu_tests.count_own(INITCHECK) == 1
+    kept = gpu_tests.own(INITCHECK)
+    assert "flashkern::beam" in kept and "cub::sort" not in kept and "every kernel ran" in kept
+    assert gpu_tests.count_own(INITCHECK.replace("flashkern", "at::native")) == 0
+
+
 @pytest.mark.parametrize(
     ("prints", "code", "clean"),
     [

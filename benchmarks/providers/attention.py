@@ -29,6 +29,7 @@ class Inputs:
     value: Tensor
     grad: Tensor
     lengths: list[int]  # of each sequence
+    pages: Any = None  # of a cache in pages, made once
 
     @property
     def group(self) -> int:

@@ -81,6 +81,8 @@ def _flex(made: Inputs) -> Contender:
 
 def _paged(made: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values of `made` in shuffled pages (pages, kv_heads, 16, dim); table; lengths."""
+    if made.pages is not None:
+        return made.pages
     case = made.case
     count = case.kv // PAGE
     order = torch.randperm(case.batch * count)
@@ -93,7 +95,8 @@ def _paged(made: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pool[order] = pages.reshape(pool.shape)
         pools.append(pool)
     lengths = torch.full((case.batch,), case.kv, dtype=torch.int32)
-    return pools[0], pools[1], table.view(case.batch, count), lengths
+    made.pages = (*pools, table.view(case.batch, count), lengths)
+    return made.pages
 
 
 def _paged_flashkern(made: Inputs) -> Contender:
