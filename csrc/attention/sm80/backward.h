@@ -383,7 +383,9 @@ __global__ void __launch_bounds__(32 * BackwardShape<T, kDim>::kWarps, 1)
   __syncthreads();
   const int ticket = shared.ticket, head = ticket / plan.blocks_per_head;
   const int begin = (plan.blocks_per_head - 1 - ticket % plan.blocks_per_head) * Block::kKeys;
-  const Sequence s = sequence_of(p, head / p.kv_heads);
+  Sequence s = sequence_of(p, head / p.kv_heads);
+  // A sequence longer than it was said to be ends here: no turn may be a missing block's.
+  s.k_length = min(s.k_length, int64_t{plan.blocks_per_head} * Block::kKeys);
   if (begin >= s.k_length) return;
   Block block(p, plan, s, static_cast<int>(head % p.kv_heads), begin, aligned);
   block.run();
