@@ -15,9 +15,9 @@
 namespace flashkern::attention::sm80 {
 
 // How the warps of a block share its products; a number of columns is a warp's own.
-template <class T, int kDim>
+template <class T, int kDim, bool kFull>
 struct BackwardShape {
-  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(T));
+  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(T), kFull);
   static constexpr int kKeys = kTile.keys, kRows = kTile.rows, kWarps = kTile.warps;
   static constexpr int kStages = kTile.stages;
 
@@ -39,7 +39,7 @@ struct Weights {
   Tile<T, kKeys, kRows> weights;  // P^T
 };
 
-template <class T, int kDim, class Shape = BackwardShape<T, kDim>>
+template <class T, int kDim, bool kFull, class Shape = BackwardShape<T, kDim, kFull>>
 struct BackwardStorage
     : std::conditional_t<Shape::kHeld, Nothing, Weights<T, Shape::kKeys, Shape::kRows>> {
   Tile<T, Shape::kKeys, kDim> keys, values;
@@ -55,8 +55,8 @@ struct BackwardStorage
 template <class T, int kDim, bool kFull>
 class BackwardBlock {
  public:
-  using Shape = BackwardShape<T, kDim>;
-  using Shared = BackwardStorage<T, kDim>;
+  using Shape = BackwardShape<T, kDim, kFull>;
+  using Shared = BackwardStorage<T, kDim, kFull>;
   static constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows, kStages = Shape::kStages;
   static constexpr int kThreads = 32 * Shape::kWarps;
 
@@ -145,40 +145,44 @@ class BackwardBlock {
 
   // Queries, dO and the numbers of a tile; nothing past the last row.
   FK_DEVICE void copy_rows(int index, Place start, int stage) {
-    using Shape = Tile<T, kRows, kDim>;
-    constexpr int kStep = kThreads / Shape::kChunks;
     const int rows = rows_ - index * kRows, thread = static_cast<int>(threadIdx.x);
-    const int chunk = thread % Shape::kChunks, column = chunk * Shape::kChunkElements;
-    const auto copy = [&](int r, auto&& copy_chunk) {
-      const Place place = start.after(r, group_);
-      const bool left = r < rows && column < dim(), right = r < rows && column < value_dim();
-      copy_chunk(shared_.queries[stage].chunk(r, chunk),
-                 left ? queries_ + place.at(p_.query) + column : queries_, left);
-      copy_chunk(shared_.grads[stage].chunk(r, chunk),
-                 right ? grads_ + place.at(p_.grad_output) + column : grads_, right);
-    };
-    const int first = thread / Shape::kChunks;
-    if (aligned_) {
-#pragma unroll
-      for (int i = 0; i < kRows; i += kStep) {
-        copy(first + i, [](T* to, const T* from, bool there) {
-          ptx::copy_async<16>(to, from, there ? 16 : 0);
-        });
-      }
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kRows; i += kStep) {
-        copy(first + i, [](T* to, const T* from, bool there) {
-          copy_slowly(to, from, there ? Shape::kChunkElements : 0);
-        });
-      }
-    }
+    copy_half(shared_.queries[stage], queries_, p_.query, dim(), rows, start);
+    copy_half(shared_.grads[stage], grads_, p_.grad_output, value_dim(), rows, start);
     if (thread < kRows) {
       ptx::copy_async<8>(&shared_.rows[stage][thread],
                          numbers_ + (thread < rows ? index * kRows + thread : 0),
                          thread < rows ? 8 : 0);
     }
     ptx::copy_commit();
+  }
+
+  // A thread's rows lie kStep apart: where that is a whole number of queries, so are their places.
+  FK_DEVICE void copy_half(Tile<T, kRows, kDim>& to, const T* from, const Matrix& m, int dim,
+                           int rows, Place start) const {
+    using Copied = Tile<T, kRows, kDim>;
+    constexpr int kStep = kThreads / Copied::kChunks, kWide = Copied::kChunkElements;
+    const int first = static_cast<int>(threadIdx.x) / Copied::kChunks;
+    const int chunk = static_cast<int>(threadIdx.x) % Copied::kChunks;
+    if (chunk * kWide >= dim) rows = 0;
+    from += chunk * kWide;
+    if (aligned_ && kStep % group_.heads == 0) {
+      from += start.after(first, group_).at(m);
+      const int64_t step = kStep / group_.heads * m.row;
+#pragma unroll
+      for (int i = 0; i < kRows; i += kStep, from += step) {
+        ptx::copy_async<16>(to.chunk(first + i, chunk), from, first + i < rows ? 16 : 0);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int r = first; r < kRows; r += kStep) {
+      const T* row = from + (r < rows ? start.after(r, group_).at(m) : 0);
+      if (aligned_) {
+        ptx::copy_async<16>(to.chunk(r, chunk), row, r < rows ? 16 : 0);
+      } else {
+        copy_slowly(to.chunk(r, chunk), row, r < rows ? kWide : 0);
+      }
+    }
   }
 
   // Tile `index`; the next one, if there is one, starts at `next`.
@@ -324,13 +328,15 @@ class BackwardBlock {
   }
 
   FK_DEVICE void store_scores(Tile<T, kKeys, kRows>& to, const Scores& x, int row) const {
-    constexpr int kWide = Tile<T, kKeys, kRows>::kChunkElements;
+    using Scored = Tile<T, kKeys, kRows>;
+    constexpr int kWide = Scored::kChunkElements;
+    const int pair = lane() % 4 * 2;
+    const int at = block_at<Scored>(lane() / 4, pair / kWide, score_keys(), row) + pair % kWide;
 #pragma unroll
     for (int n = 0; n < 2 * kScoreM * kScoreN; ++n) {
       const int m = n / kScoreN / 2, h = n / kScoreN % 2, j = n % kScoreN;
-      const int column = row + 8 * j + lane() % 4 * 2;
-      T* chunk = to.chunk(score_keys() + 16 * m + 8 * h + lane() / 4, column / kWide);
-      store_pair(chunk + column % kWide, x[m][j][2 * h], x[m][j][2 * h + 1]);
+      store_pair(to.data + (at ^ 8 * j) + (16 * m + 8 * h) * kRows, x[m][j][2 * h],
+                 x[m][j][2 * h + 1]);
     }
   }
 
@@ -374,7 +380,7 @@ class BackwardBlock {
 };
 
 template <class T, int kDim, bool kFull>
-__global__ void __launch_bounds__(32 * BackwardShape<T, kDim>::kWarps, 1)
+__global__ void __launch_bounds__(32 * BackwardShape<T, kDim, kFull>::kWarps, 1)
     backward(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardPlan plan,
              const bool aligned) {
   using Block = BackwardBlock<T, kDim, kFull>;
@@ -400,10 +406,10 @@ void launch_gradients(const BackwardParams& p, const BackwardPlan& plan, GpuStre
   for (const Matrix* m : {&p.query, &p.key, &p.value, &p.grad_output}) {
     aligned = aligned && rows_aligned(*m, sizeof(T));
   }
-  constexpr unsigned kThreads = 32 * BackwardShape<T, kDim>::kWarps;
+  constexpr unsigned kThreads = 32 * BackwardShape<T, kDim, kFull>::kWarps;
   ptx::launch(backward<T, kDim, kFull>,
-              {static_cast<unsigned>(blocks), kThreads, sizeof(BackwardStorage<T, kDim>)}, stream,
-              p, plan, aligned);
+              {static_cast<unsigned>(blocks), kThreads, sizeof(BackwardStorage<T, kDim, kFull>)},
+              stream, p, plan, aligned);
 }
 
 // One source for each dtype, backward_*.cu.
