@@ -2,54 +2,16 @@
 // five products.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/gpu.h"
 #include "attention/sm80/backward_plan.h"
 #include "attention/sm80/backward_products.h"
+#include "attention/sm80/backward_shape.h"
 #include "attention/sm80/backward_turns.h"
 #include "attention/sm80/gradient.h"
 #include "attention/sm80/results.h"
 #include "ptx/launch.h"
 
 namespace flashkern::attention::sm80 {
-
-// How the warps of a block share its products; a number of columns is a warp's own.
-template <class T, int kDim, bool kFull>
-struct BackwardShape {
-  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(T), kFull);
-  static constexpr int kKeys = kTile.keys, kRows = kTile.rows, kWarps = kTile.warps;
-  static constexpr int kStages = kTile.stages;
-
-  static constexpr int kScoreKeys = kTile.score_keys, kScoreRows = kTile.score_rows;
-  static constexpr int kKeyParts = kKeys / kScoreKeys, kRowParts = kWarps / kKeyParts;
-  // A warp has all scores of its keys: they are the factors of its dK and dV as they stand.
-  static constexpr bool kHeld = kRowParts == 1;
-
-  static constexpr int kOfKeys = kKeys < 32 ? kKeys : 32;  // keys of a warp in dK and dV
-  static constexpr int kKeyColumns = kDim * (kKeys / kOfKeys) / kWarps;
-  static constexpr int kOfRows = kRows < 32 ? kRows : 32;  // rows of a warp in dQ
-  static constexpr int kRowColumns = kDim * (kRows / kOfRows) / kWarps;
-  static_assert(!kHeld || (kOfKeys == kScoreKeys && kKeyColumns == kDim));
-};
-
-struct Nothing {};
-template <class T, int kKeys, int kRows>
-struct Weights {
-  Tile<T, kKeys, kRows> weights;  // P^T
-};
-
-template <class T, int kDim, bool kFull, class Shape = BackwardShape<T, kDim, kFull>>
-struct BackwardStorage
-    : std::conditional_t<Shape::kHeld, Nothing, Weights<T, Shape::kKeys, Shape::kRows>> {
-  Tile<T, Shape::kKeys, kDim> keys, values;
-  Tile<T, Shape::kRows, kDim> queries[Shape::kStages], grads[Shape::kStages];
-  alignas(16) RowNumbers rows[Shape::kStages][Shape::kRows];
-  union {
-    Tile<T, Shape::kKeys, Shape::kRows> logits;  // dS^T
-    int ticket;                                  // before the first tile
-  };
-};
 
 // One tile of keys of one KV head. kFull: with softcap, ALiBi, a bias or dropout.
 template <class T, int kDim, bool kFull>
@@ -59,6 +21,7 @@ class BackwardBlock {
   using Shared = BackwardStorage<T, kDim, kFull>;
   static constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows, kStages = Shape::kStages;
   static constexpr int kThreads = 32 * Shape::kWarps;
+  static constexpr int kPass = pass_rows<Tile<T, kRows, kDim>>(kThreads);
 
   FK_DEVICE BackwardBlock(const BackwardParams& p, const BackwardPlan& plan, const Sequence& s,
                           int kv_head, int begin, bool aligned)
@@ -75,6 +38,7 @@ class BackwardBlock {
         begin_(begin),
         warp_(static_cast<int>(ptx::warp_id() % Shape::kWarps)),
         aligned_(aligned),
+        pass_queries_(aligned && kPass % group_.heads == 0 ? kPass / group_.heads : 0),
         first_tile_(static_cast<int>(kv_head * plan.head_tiles + plan.first_tile(p, s))),
         numbers_(plan.numbers(p, s, kv_head)) {}
 
@@ -146,43 +110,16 @@ class BackwardBlock {
   // Queries, dO and the numbers of a tile; nothing past the last row.
   FK_DEVICE void copy_rows(int index, Place start, int stage) {
     const int rows = rows_ - index * kRows, thread = static_cast<int>(threadIdx.x);
-    copy_half(shared_.queries[stage], queries_, p_.query, dim(), rows, start);
-    copy_half(shared_.grads[stage], grads_, p_.grad_output, value_dim(), rows, start);
+    copy_packed<kThreads>(shared_.queries[stage], queries_, p_.query, dim(), rows, start, group_,
+                          pass_queries_, aligned_);
+    copy_packed<kThreads>(shared_.grads[stage], grads_, p_.grad_output, value_dim(), rows, start,
+                          group_, pass_queries_, aligned_);
     if (thread < kRows) {
       ptx::copy_async<8>(&shared_.rows[stage][thread],
                          numbers_ + (thread < rows ? index * kRows + thread : 0),
                          thread < rows ? 8 : 0);
     }
     ptx::copy_commit();
-  }
-
-  // A thread's rows lie kStep apart: where that is a whole number of queries, so are their places.
-  FK_DEVICE void copy_half(Tile<T, kRows, kDim>& to, const T* from, const Matrix& m, int dim,
-                           int rows, Place start) const {
-    using Copied = Tile<T, kRows, kDim>;
-    constexpr int kStep = kThreads / Copied::kChunks, kWide = Copied::kChunkElements;
-    const int first = static_cast<int>(threadIdx.x) / Copied::kChunks;
-    const int chunk = static_cast<int>(threadIdx.x) % Copied::kChunks;
-    if (chunk * kWide >= dim) rows = 0;
-    from += chunk * kWide;
-    if (aligned_ && kStep % group_.heads == 0) {
-      from += start.after(first, group_).at(m);
-      const int64_t step = kStep / group_.heads * m.row;
-#pragma unroll
-      for (int i = 0; i < kRows; i += kStep, from += step) {
-        ptx::copy_async<16>(to.chunk(first + i, chunk), from, first + i < rows ? 16 : 0);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int r = first; r < kRows; r += kStep) {
-      const T* row = from + (r < rows ? start.after(r, group_).at(m) : 0);
-      if (aligned_) {
-        ptx::copy_async<16>(to.chunk(r, chunk), row, r < rows ? 16 : 0);
-      } else {
-        copy_slowly(to.chunk(r, chunk), row, r < rows ? kWide : 0);
-      }
-    }
   }
 
   // Tile `index`; the next one, if there is one, starts at `next`.
@@ -374,6 +311,7 @@ class BackwardBlock {
   Group group_;
   int kv_head_, rows_, begin_, warp_;
   bool aligned_;
+  int pass_queries_;
   int first_tile_;
   const RowNumbers* numbers_;
   float key_sums_[kSumM][kSumN][4] = {}, value_sums_[kSumM][kSumN][4] = {};
@@ -400,6 +338,7 @@ __global__ void __launch_bounds__(32 * BackwardShape<T, kDim, kFull>::kWarps, 1)
 
 template <class T, int kDim, bool kFull>
 void launch_gradients(const BackwardParams& p, const BackwardPlan& plan, GpuStream stream) {
+  static_assert(sizeof(BackwardStorage<T, kDim, kFull>) <= 99 * 1024);
   const int64_t blocks = p.batch * p.kv_heads * plan.blocks_per_head;
   if (blocks == 0) return;
   bool aligned = true;

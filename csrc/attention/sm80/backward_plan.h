@@ -8,13 +8,15 @@
 #include "attention/mask.h"
 #include "attention/params.h"
 #include "attention/sm80/gradient.h"
+#include "attention/sm80/plan.h"
 #include "types.h"
 
 namespace flashkern::attention::sm80 {
 
 // A block's keys, the query rows of a step, and how warps share them: each has score_keys x
-// score_rows of the scores at a time Every one takes less
-// than the 99 KiB of sm_86 and sm_89, and at 81 KiB two share a multiprocessor of sm_80.
+// score_rows of the scores at a time. `full`: more happens to a score, so twice the warps have
+// half the sums each. Every form takes less than the 99 KiB of sm_86 and sm_89, and two blocks of 4
+// warps share a multiprocessor of sm_80.
 struct BackwardTile {
   int keys, rows, warps;
   int stages;  // of queries and of dO
@@ -27,9 +29,9 @@ FK_HOST_DEVICE constexpr BackwardTile backward_tile(int dim, int element_bytes, 
     if (dim <= 128) return {32, 32, 4, 1, 16, 16};
     return {16, 16, 2, 1, 16, 8};
   }
-  if (dim <= 64) return {128, 64, 4, 2, 32, 32};
-  if (dim <= 128 && full) return {64, 64, 8, 1, 32, 16};
-  if (dim <= 128) return {64, 64, 4, 1, 32, 32};
+  if (dim <= 32) return {128, 64, 4, 2, 32, 32};
+  if (dim <= 64) return {128, 64, full ? 8 : 4, 2, 32, 32};
+  if (dim <= 128) return {64, 64, full ? 8 : 4, 1, 32, full ? 16 : 32};
   return {32, 32, 4, 1, 16, 16};
 }
 
