@@ -85,9 +85,10 @@ class BackwardBlock {
   static constexpr int kScoreM = Shape::kScoreKeys / 16, kScoreN = Shape::kScoreRows / 8;
   static constexpr int kSumM = Shape::kOfKeys / 16, kSumN = Shape::kKeyColumns / 8;
   static constexpr int kQueryM = Shape::kOfRows / 16;
-  // In two passes where registers are dear: one set of sums more would spill.
+  // dQ takes more than one pass where registers are dear.
+  static constexpr int kMostColumns = kFull || kDim > 128 ? 32 : 64;
   static constexpr int kQueryN =
-      Shape::kRowColumns / ((kFull || kDim > 128) && Shape::kRowColumns > 32 ? 16 : 8);
+      (Shape::kRowColumns < kMostColumns ? Shape::kRowColumns : kMostColumns) / 8;
   using Rows = QueryTile<kKeys, kRows>;
   using Scores = float[kScoreM][kScoreN][4];
 
