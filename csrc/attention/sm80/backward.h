@@ -1,5 +1,27 @@
-// The backward pass of attention with mma.sync, for sm_80 and newer: dQ, dK and dV in one kernel,
-// five products.
+// The backward pass of attention with mma.sync, for sm_80 and newer: dQ, dK and dV in one kernel.
+//
+//   P^T = 2^(scale log2e K Q^T - log2e lse)     dP^T = V dO^T     dS^T = P^T * (dP^T - delta)
+//   dV += P^T dO     dK += scale dS^T Q     dQ += scale dS K     dbias = dS       five products
+//
+//   block   a tile of keys of one KV head. It meets tiles of packed query rows, those alone that
+//           the mask lets it see; they are of all heads of the group, so dK and dV, which stay in
+//           registers, need no sum across blocks
+//   dQ      is summed in float32 in the workspace, in one order: blocks take turns at each tile
+//           (backward_turns.h). No atomics on sums; the same bits every time
+//   tile    keys x rows, warps; a warp's part of S^T and dP^T | of dK and dV | of dQ (bf16, fp16)
+//             to 64   128 x 64, 4   32 x 32, twice | 32 keys, all columns | 32 x 32     81 KiB
+//             to 128   64 x 64, 4   32 x 32        | 32 x 64              | 32 x 64     81 KiB
+//             to 256   32 x 32, 4   16 x 16        | 32 x 64              | 32 x 64     68 KiB
+//           float32: backward_plan.h. Q and dO have two stages up to 64 columns, else one
+//   step    barrier | S, dP, dS (to 64: dV, dK from the same registers) | barrier | dV, dK from
+//           shared memory, barrier, copies of the next tile | dQ. A step's sums are published
+//           behind the next step's first barrier; the turn is awaited behind it by one thread
+//   SASS    of a step of a warp, bf16 on sm_80: HMMA 320, LDSM 128, all 1327 (64);
+//           HMMA 320, LDSM 136, all 1172 (128); without a mask and with the sums of others
+//   numbers float32 sums; P and dS are rounded to the tensors' type before they multiply. Softcap,
+//           ALiBi, bias and dropout are a form of their own, with twice the warps
+//
+// Dao: FlashAttention-2 (2023), section 3.1.2.
 #pragma once
 
 #include "attention/gpu.h"
