@@ -139,9 +139,11 @@ def test_merge_where_every_part_is_empty(dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine[:3], theirs, rtol=close, atol=close)
 
 
-def test_lengths_outside_the_cache_are_refused() -> None:
+@pytest.mark.parametrize("length,appended", [(16, True), (17, False), (-1, False)])
+def test_lengths_outside_the_cache_are_refused(length: int, appended: bool) -> None:
     query, cache = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 16, 32)
-    with pytest.raises(RuntimeError):
+    new = {"k": query, "v": query} if appended else {}
+    with pytest.raises(RuntimeError, match="cache"):
         fk.attention_kvcache(
-            query, cache, cache.clone(), cache_lengths=torch.tensor([16]), k=query, v=query
+            query, cache, cache.clone(), cache_lengths=torch.tensor([length]), **new
         )
