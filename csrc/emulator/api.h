@@ -84,7 +84,11 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* nam
 // An access that the kernel's own code does not spell: told to the race detector.
 void on_read(const void* p, size_t bytes, const char* name, const Site& site);
 void on_write(const void* p, size_t bytes, const char* name, const Site& site);
-void on_atomic(const void* p, size_t bytes, const Site& site);
+// What an atomic promises: a load acquires only, a store releases only.
+enum class Order { kRelaxed, kAcquire, kRelease, kAcquireRelease };
+constexpr bool acquires(Order o) { return o == Order::kAcquire || o == Order::kAcquireRelease; }
+constexpr bool releases(Order o) { return o == Order::kRelease || o == Order::kAcquireRelease; }
+void on_atomic(const void* p, size_t bytes, const Site& site, Order order = Order::kRelaxed);
 
 // cp.async: `bytes` from source, zeros up to `size`.
 void copy_async(void* shared, const void* global, int size, int bytes, const Site& site);

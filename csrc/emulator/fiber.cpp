@@ -52,13 +52,15 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kPage = 4096;
 constexpr size_t kStacksPerSlab = 64;
 
+constexpr size_t kSlabBytes = kStacksPerSlab * kStackBytes;
+
+std::vector<char*> slabs;
+
 // Stacks are mapped, not allocated: a page costs nothing until it is touched. A page without access
 // below each turns an overflow into a fault at the right place.
 char* pooled_stack(size_t index) {
-  static std::vector<char*> slabs;
   while (slabs.size() <= index / kStacksPerSlab) {
-    constexpr size_t bytes = kStacksPerSlab * kStackBytes;
-    void* slab = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+    void* slab = mmap(nullptr, kSlabBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (slab == MAP_FAILED) throw std::bad_alloc();
     for (size_t i = 0; i < kStacksPerSlab; ++i) {
@@ -70,6 +72,13 @@ char* pooled_stack(size_t index) {
 }
 
 }  // namespace
+
+bool on_stack(const void* p) {
+  for (const char* slab : slabs) {
+    if (static_cast<size_t>(static_cast<const char*>(p) - slab) < kSlabBytes) return true;
+  }
+  return false;
+}
 
 void prepare(Fiber& fiber, size_t index, void (*entry)()) {
   char* low = pooled_stack(index);

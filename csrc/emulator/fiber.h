@@ -17,6 +17,7 @@ struct Fiber {
 // Makes `fiber` start at entry() when it is next switched to. Its stack comes from a pool that is
 // kept: number `index` always gets the same one.
 void prepare(Fiber& fiber, size_t index, void (*entry)());
+bool on_stack(const void* p);  // of any fiber
 
 // Suspends `from`, resumes `to`. `last`: `from` will never be resumed.
 void switch_fiber(Fiber& from, Fiber& to, bool last = false);

@@ -8,6 +8,7 @@
 #include "emulator/cuda_runtime.h"
 #include "emulator/device.h"
 #include "emulator/machine.h"
+#include "emulator/race.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -141,6 +142,7 @@ void run(const void* kernel, const Shape& shape, void (*call)(const void*), cons
   const std::lock_guard lock(one_at_a_time);
   check(kernel, shape);
   seed_schedule();
+  race::start_launch();
   machine.group = &group;
   machine.call = call;
   machine.context = context;

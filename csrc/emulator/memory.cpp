@@ -130,11 +130,11 @@ void on_write(const void* p, size_t bytes, const char* name, const Site& site) {
   if (race::active) race::write(p, bytes, {name, site});
 }
 
-void on_atomic(const void* p, size_t bytes, const Site& site) {
-  if (race::active) race::atomic(p, bytes, {"an atomic", site});
+void on_atomic(const void* p, size_t bytes, const Site& site, Order order) {
+  if (race::active) race::atomic(p, bytes, {"an atomic", site}, order);
 }
 
-void fence() {}
+void fence() { race::fence(); }
 void fence_async() { race::fence_async(); }
 
 // ---- cp.async ----

@@ -7,6 +7,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "emulator/race_clock.h"
+
 namespace flashkern::emulator::race {
 namespace {
 
@@ -16,8 +18,6 @@ struct Cell {
   uint16_t writer, write_access, reader[2], read_access[2];
   bool in_flight, asynchronous, atomic;
 };
-
-using Clock = std::vector<uint32_t>;
 
 // A thread's clock is two vectors: what it knows the others have done, and what of that is known to
 // be visible to the async proxy. The tensor cores of each warp count as one more thread.
@@ -36,24 +36,7 @@ struct Detector {
 
 Detector detector;
 
-void merge(Clock& into, const Clock& from) {
-  into.resize(std::max(into.size(), from.size()));
-  for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
-}
-
-Clock& clock_of(const Thread& thread) { return detector.clocks[thread.number]; }
 uint32_t& own_time(const Thread& thread) { return clock_of(thread)[thread.number]; }
-
-uint16_t number_of(const Access& access) {
-  const auto key = access.name == nullptr
-                       ? reinterpret_cast<uintptr_t>(access.pc)
-                       : (reinterpret_cast<uintptr_t>(access.name) << 16) ^
-                             reinterpret_cast<uintptr_t>(access.site.file_name()) ^
-                             access.site.line() * uintptr_t{0x9e3779b97f4a7c15u};
-  const auto [found, fresh] = detector.numbers.try_emplace(key, detector.accesses.size());
-  if (fresh) detector.accesses.push_back(access);
-  return found->second;
-}
 
 // file:line of a load or store, by addr2line where there is one.
 std::string source_line(const void* pc) {
@@ -76,6 +59,21 @@ std::string source_line(const void* pc) {
   return text.substr(text.rfind('/') + 1);
 }
 
+}  // namespace
+
+Clock& clock_of(const Thread& thread) { return detector.clocks[thread.number]; }
+
+uint16_t number_of(const Access& access) {
+  const auto key = access.name == nullptr
+                       ? reinterpret_cast<uintptr_t>(access.pc)
+                       : (reinterpret_cast<uintptr_t>(access.name) << 16) ^
+                             reinterpret_cast<uintptr_t>(access.site.file_name()) ^
+                             access.site.line() * uintptr_t{0x9e3779b97f4a7c15u};
+  const auto [found, fresh] = detector.numbers.try_emplace(key, detector.accesses.size());
+  if (fresh) detector.accesses.push_back(access);
+  return found->second;
+}
+
 std::string describe(const Access& access) {
   if (access.name != nullptr) return access.name + (" at " + emulator::describe(access.site));
   return "the access at " + source_line(access.pc);
@@ -91,19 +89,32 @@ std::string describe_thread(uint16_t number) {
   return "the warp of " + emulator::describe(*warp.threads[0]);
 }
 
+std::string describe_access(uint16_t number) { return describe(detector.accesses[number]); }
+
+void report(const std::string& text) {
+  if (detector.report.empty()) detector.report = text;
+}
+
+namespace {
+
 void tell(const void* p, const char* what, uint16_t thread, uint16_t access, const Access& now) {
   if (!detector.report.empty()) return;
   const Block& block = *owner(p);
-  detector.report = "emulator: race at shared + " +
-                    std::to_string(static_cast<const char*>(p) - block.shared) + " of " +
-                    emulator::describe(block) + ":\n  " + emulator::describe(*machine.self) + ", " +
-                    describe(now) + "\n  " + what + " " + describe_thread(thread) + ", " +
-                    describe(detector.accesses[access]);
+  report("emulator: race at shared + " +
+         std::to_string(static_cast<const char*>(p) - block.shared) + " of " +
+         emulator::describe(block) + ":\n  " + emulator::describe(*machine.self) + ", " +
+         describe(now) + "\n  " + what + " " + describe_thread(thread) + ", " +
+         describe_access(access));
 }
 
 bool ordered(uint32_t time, uint16_t thread) { return time <= clock_of(*machine.self)[thread]; }
 
 bool watched(const void* p) { return active && machine.self != nullptr && owner(p) != nullptr; }
+
+// A thread's own stack is nobody else's; on another's, results of a collective are left.
+bool watched_globally(const void* p) {
+  return active && machine.self != nullptr && owner(p) == nullptr && !on_stack(p);
+}
 
 template <class F>
 void for_cells(const void* p, size_t bytes, F visit) {
@@ -158,9 +169,10 @@ void start_group() {
   detector.handovers.clear();
   detector.clocks.resize(threads);
   for (size_t i = 0; i < threads; ++i) {
-    detector.clocks[i].assign(2 * detector.agents, 0);
+    detector.clocks[i] = {Times(2 * detector.agents, 0), nullptr};
     detector.clocks[i][i] = 1;
   }
+  start_order(*machine.group);
   detector.shared.resize(blocks.size());
   for (size_t i = 0; i < blocks.size(); ++i) {
     detector.shared[i].assign((blocks[i]->shared_bytes + 1) / 2, {});
@@ -179,7 +191,7 @@ void barrier_completes(const void* key) {
   if (!active) return;
   Detector::Handover& handover = detector.handovers[key];
   merge(handover.complete, handover.arriving);
-  handover.arriving.clear();
+  handover.arriving = {};
 }
 
 void barrier_left(const void* key, const Thread& thread) {
@@ -209,6 +221,7 @@ void fence_async() {
 // A single byte is recorded but not checked: its neighbour, which shares its cell, may be another
 // thread's.
 void read(const void* p, size_t bytes, const Access& access) {
+  if (watched_globally(p)) return touch_global(p, bytes, access, Kind::kRead);
   if (!watched(p)) return;
   const uint16_t number = number_of(access);
   for_cells(p, bytes, [&](Cell& cell, const void* at) {
@@ -218,6 +231,7 @@ void read(const void* p, size_t bytes, const Access& access) {
 }
 
 void write(const void* p, size_t bytes, const Access& access) {
+  if (watched_globally(p)) return touch_global(p, bytes, access, Kind::kWrite);
   if (!watched(p)) return;
   const uint16_t number = number_of(access);
   for_cells(p, bytes, [&](Cell& cell, const void* at) {
@@ -229,7 +243,11 @@ void write(const void* p, size_t bytes, const Access& access) {
   });
 }
 
-void atomic(const void* p, size_t bytes, const Access& access) {
+void atomic(const void* p, size_t bytes, const Access& access, Order order) {
+  if (watched_globally(p)) {
+    touch_global(p, bytes, access, Kind::kAtomic);
+    return order_by_atomic(p, order);
+  }
   if (!watched(p)) return;
   const uint16_t number = number_of(access);
   for_cells(p, bytes, [&](Cell& cell, const void* at) {

@@ -6,7 +6,8 @@
 // writing, and data that a tensor core or TMA reads without a fence.proxy.async since it was
 // written.
 //
-// Global memory is not watched; accesses of a single byte are recorded, not checked.
+// Global memory is watched likewise, across all blocks of a launch: they run side by side on a GPU,
+// and only atomics and fences order them. Accesses of a single byte are recorded, not checked.
 #pragma once
 
 #include "emulator/machine.h"
@@ -15,6 +16,7 @@ namespace flashkern::emulator::race {
 
 inline bool active = false;  // some source was compiled with the hooks
 
+void start_launch();
 void start_group();
 
 // A barrier hands on what its arrivals brought when it completes, not before.
@@ -24,6 +26,7 @@ void barrier_left(const void* key, const Thread& thread);
 
 void join(const Warp& warp, uint32_t lanes);  // __syncwarp
 
+void fence();        // __threadfence
 void fence_async();  // fence.proxy.async
 
 // The first race that was seen since start_group(), "" where none was.
@@ -45,6 +48,6 @@ void wgmma_done(const Warp& warp, uint32_t time);
 // From now until landed(), whoever touches these bytes is wrong.
 void in_flight(const void* p, size_t bytes, const Access& access);
 void landed(const void* p, size_t bytes, bool by_running_thread);
-void atomic(const void* p, size_t bytes, const Access& access);
+void atomic(const void* p, size_t bytes, const Access& access, Order order);
 
 }  // namespace flashkern::emulator::race

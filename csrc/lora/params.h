@@ -39,7 +39,7 @@ struct LoraAdapters {
 struct LoraForward {
   int64_t rows, in, out;
   DType dtype;    // of x and y
-  LoraBase base;  // who computes x W^T + bias; kBlas: y holds it already
+  LoraBase base;  // who computes x W^T + bias; kBlas: y holds it already (GPU: lora/gpu.h)
   const void* x;
   int64_t x_row;       // elements from one row to the next
   const void* weight;  // (out, in) contiguous
@@ -53,7 +53,7 @@ struct LoraForward {
 struct LoraBackward {
   int64_t rows, in, out;
   DType dtype;    // of x, dy and dx
-  LoraBase base;  // who computes dy W; kBlas: dx holds it already
+  LoraBase base;  // who computes dy W; kBlas: dx holds it already (GPU: lora/gpu.h)
   const void* x;
   int64_t x_row;
   const void* dy;

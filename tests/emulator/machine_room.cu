@@ -113,8 +113,8 @@ __global__ void pipeline(const int* in, int* out) {
 // The last of the blocks to finish adds up what all have written.
 __global__ void last_block(int* out) {
   auto& shared = ptx::shared_storage<Storage>();
-  out[2 + blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
   if (me() == 0) {
+    out[2 + blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
     shared.words[0] = ptx::add_acquire_release(out, 1) == static_cast<int>(gridDim.x) - 1;
   }
   __syncthreads();
@@ -246,6 +246,26 @@ __global__ void no_syncwarp(int* out) {
   out[me()] = shared.words[me() ^ 1];
 }
 
+// The last block reads what all have written, its ticket ordered by fences: on both sides of it,
+// on one, on none.
+template <bool kBefore, bool kAfter>
+__global__ void fenced_ticket(int* out) {
+  if (me() == 0) out[2 + blockIdx.x] = 1;
+  if (kBefore && me() == 0) __threadfence();
+  if (me() != 0 || atomicAdd(out, 1) != static_cast<int>(gridDim.x) - 1) return;
+  if (kAfter) __threadfence();
+  for (unsigned i = 0; i < gridDim.x; ++i) out[1] += out[2 + i];
+}
+
+// The release is thread 0's: without a barrier it does not speak for the rest of its block.
+template <bool kBarrier>
+__global__ void release_for_all(int* out) {
+  out[32 + 32 * blockIdx.x + threadIdx.x] = 1;
+  if (kBarrier) __syncthreads();
+  if (me() != 0 || ptx::add_acquire_release(out, 1) == 0) return;
+  for (int i = 0; i < 64; ++i) out[1] += out[32 + i];
+}
+
 struct Case {
   const char* name;
   void (*kernel)(int*);
@@ -260,6 +280,12 @@ constexpr Case kCases[] = {
     {"atomics", atomics, 3, 64},
     {"hand_over", hand_over, 1, 64},
     {"last_block", last_block, 7, 64},
+    {"fences", fenced_ticket<true, true>, 4, 32},
+    {"no_fence_after", fenced_ticket<true, false>, 4, 32},
+    {"no_fence_before", fenced_ticket<false, true>, 4, 32},
+    {"no_fences", fenced_ticket<false, false>, 4, 32},
+    {"released_for_all", release_for_all<true>, 2, 32},
+    {"released_for_one", release_for_all<false>, 2, 32},
     {"chain", chain, 5, 32},
     {"registers", registers, 1, 384},
     {"half_barrier", half_barrier, 1, 64},

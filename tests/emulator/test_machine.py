@@ -92,9 +92,27 @@ def test_last_block(seed: int, variant: str) -> None:
     assert run("last_block", 16, variant, seed)[1] == 28
 
 
+@pytest.mark.parametrize("cooperative", [0, 1])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_blocks_that_wait_for_each_other(seed: int) -> None:
-    assert run("chain", 2, seed=seed, cooperative=1)[1] == 31
+def test_order_between_blocks(seed: int, cooperative: int, variant: str) -> None:
+    assert run("fences", 6, variant, seed, cooperative)[1] == 4
+    assert run("released_for_all", 96, variant, seed, cooperative)[1] == 64
+
+
+@pytest.mark.parametrize("cooperative", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "name", ["no_fences", "no_fence_before", "no_fence_after", "released_for_one"]
+)
+def test_no_order_between_blocks(name: str, seed: int, cooperative: int) -> None:
+    told = r"race in global memory[\s\S]*is not ordered after the write of[\s\S]*machine_room.cu:"
+    with pytest.raises(EmulatorError, match=told):
+        run(name, 96, "race", seed, cooperative)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_that_wait_for_each_other(seed: int, variant: str) -> None:
+    assert run("chain", 2, variant, seed, cooperative=1)[1] == 31
 
 
 def test_registers_pass_between_warps() -> None:

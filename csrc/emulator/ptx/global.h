@@ -8,19 +8,20 @@ namespace flashkern::ptx {
 
 FK_UNWATCHED int load_acquire(const int* p, Site site = Site::current()) {
   emulator::pause("load_acquire", site);
-  emulator::on_atomic(p, sizeof(int), site);
+  emulator::on_atomic(p, sizeof(int), site, emulator::Order::kAcquire);
   return *p;
 }
 
 FK_UNWATCHED void store_release(int* p, int value, Site site = Site::current()) {
-  emulator::fence();
-  emulator::on_atomic(p, sizeof(int), site);
+  emulator::on_atomic(p, sizeof(int), site, emulator::Order::kRelease);
   *p = value;
 }
 
-inline int add_acquire_release(int* p, int value, Site site = Site::current()) {
-  emulator::fence();
-  return atomicAdd(p, value, site);
+FK_UNWATCHED int add_acquire_release(int* p, int value, Site site = Site::current()) {
+  emulator::on_atomic(p, sizeof(int), site, emulator::Order::kAcquireRelease);
+  const int old = *p;
+  *p = old + value;
+  return old;
 }
 
 }  // namespace flashkern::ptx

@@ -83,7 +83,7 @@ template <class T, int kColumns>
 FK_DEVICE int tile_offset(int row, int chunk) {
   constexpr int kChunks = kColumns / kChunk<T>;
   static_assert(kChunks == 4 || kChunks % 8 == 0);
-  const int turn = kChunks == 4 ? row / 2 % 4 : row % 8;
+  const int turn = kChunks == 4 ? row >> 1 & 3 : row & 7;
   return row * kColumns + (chunk ^ turn) * kChunk<T>;
 }
 
