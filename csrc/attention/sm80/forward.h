@@ -27,7 +27,6 @@
 #include "attention/sm80/plan.h"
 #include "attention/sm80/results.h"
 #include "attention/sm80/scores.h"
-#include "attention/sm80/strips.h"
 #include "attention/sm80/work.h"
 #include "ptx/launch.h"
 
@@ -54,7 +53,7 @@ class Block {
   static constexpr int kStrips = form_strips(kForm);
   static constexpr int kThreads = 32 * form_warps(kForm, Shared::kRowBytes);
   static constexpr bool kPlain = kForm == Form::kPlain;
-  using Multiply = StripProducts<T, kDim, kKeys, kStrips>;
+  using Multiply = Products<T, kDim, kKeys, kStrips>;
   using KeyTile = Tile<T, kKeys, kDim>;
   using Copy = TileCopy<kThreads, T, kKeys, kDim>;
 

@@ -19,9 +19,6 @@ FK_HOST_DEVICE constexpr int tile_keys(int row_bytes) {
   return row_bytes > 512 ? 16 : row_bytes > 256 ? 32 : 64;
 }
 
-// Of the backward pass.
-FK_HOST_DEVICE constexpr int most_warps(int row_bytes) { return row_bytes > 512 ? 2 : 4; }
-
 // The forms of the kernel: a block is form_warps warps of 16 form_strips query rows.
 //
 //   few      1 warp,  16 rows    two stages of keys and values: bytes in flight are all that counts
@@ -96,14 +93,6 @@ FK_HOST_DEVICE constexpr int forward_shared_bytes(Form form, int row_bytes) {
 inline bool plain_scores(const Problem& p) {
   return p.softcap == 0 && p.alibi_slopes == nullptr && p.bias.kind == BiasKind::kNone &&
          p.dropout_p == 0 && static_cast<float>(p.scale) >= 1e-30f;
-}
-
-// Whether every row starts at a multiple of 16 bytes.
-inline bool rows_aligned(const Matrix& m, int64_t element) {
-  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
-          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
-             16 ==
-         0;
 }
 
 inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_bytes) {
