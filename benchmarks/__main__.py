@@ -6,11 +6,9 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
-import pytest
-from rich.console import Console
-
-from benchmarks import compare, markdown, page, plots, results, table
+from benchmarks import gpu, results
 from benchmarks.clock import CLOCKS
 from benchmarks.profiles import PROFILES
 
@@ -18,7 +16,9 @@ _HERE = Path(__file__).resolve().parent
 _WIDEST = 150  # columns that the table needs: a narrower terminal would cut its cells
 
 
-def _console() -> Console:
+def _console() -> Any:
+    from rich.console import Console
+
     plain = Console()
     return Console(width=max(plain.width, _WIDEST))
 
@@ -39,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--threads", type=int, default=0, help="0: one for each core")
     run.add_argument("--scale", type=float, default=1.0, help="of the seconds for each case")
+    device = commands.add_parser("gpu", help="the profile gpu-quick, into results/<gpu>/")
+    device.add_argument("--seconds", type=float, default=500.0, help="for all cases together")
+    device.add_argument("--out", type=Path, help="folder instead of benchmarks/results/<gpu>")
+    device.add_argument("--only", metavar="WORD", default="", help="cases with this in their name")
+    device.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="small shapes on the CPU by the wall clock: tries everything but the GPU",
+    )
     report = commands.add_parser("report", help="write the report of a result file again")
     report.add_argument("results", type=Path)
     report.add_argument("--out", type=Path, default=Path("reports"))
@@ -49,17 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_report(source: Path, out: Path, console: Console) -> None:
+def write_report(source: Path, out: Path, console: Any) -> None:
     """Prints the table of a result file and writes CSV, plots and the page into `out`."""
+    from benchmarks import cells, page, plots, table
+
     run = results.load(source)
     out.mkdir(parents=True, exist_ok=True)
     table.show(run, console)
-    table.write_csv(run, out / "results.csv")
+    cells.write_csv(run, out / "results.csv")
     page.write(run, plots.draw(run, out), out / "index.html")
     console.print(f"\nreport: {(out / 'index.html').resolve()}", highlight=False)
 
 
 def _run(options: argparse.Namespace) -> int:
+    import pytest
+
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     target = out / "results.json"
@@ -93,12 +106,18 @@ def main() -> int:
     try:
         if options.command == "run":
             return _run(options)
+        if options.command == "gpu":
+            return gpu.run(options.seconds, options.out, options.only, options.rehearse)
         if options.command == "report":
             write_report(options.results, options.out, _console())
             if options.readme:
+                from benchmarks import markdown
+
                 text = markdown.markdown(results.load(options.results), str(options.results))
                 markdown.replace(options.readme, text)
             return 0
+        from benchmarks import compare
+
         before, after = results.load(options.before), results.load(options.after)
         compare.show(compare.compare(before, after), _console())
         return 0

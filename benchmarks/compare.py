@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.progress import duration
+from benchmarks.cells import duration
 from benchmarks.results import Row, Run, percentile
 from benchmarks.sampler import FLASHKERN
 

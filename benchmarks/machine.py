@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 
 import flashkern
+from benchmarks import nvml
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "transformers", "peft", "beamgrad", "pytest-benchmark", "numpy")
+_PACKAGES = (
+    "torch", "triton", "transformers", "peft", "beamgrad", "cupy-cuda13x", "pytest-benchmark",
+    "numpy",
+)  # fmt: skip
 
 
 def _cpu_facts() -> dict[str, Any]:
@@ -49,29 +54,28 @@ def _caches() -> dict[str, str]:
 
 
 def gpu() -> dict[str, Any] | None:
-    """Name, driver, power limit and clocks of the first GPU by NVML; None where there is none."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None  # no driver
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return {
-            "name": pynvml.nvmlDeviceGetName(handle),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "power_watt": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "power_limit_watt": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+    """Name, driver, power limit and clocks of the first GPU; None where there is none."""
+    found = nvml.Nvml.open()
+    facts = found.describe() if found else {}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+            "cuda": torch.version.cuda,
         }
-    except pynvml.NVMLError:
-        return None  # a driver without a GPU
-    finally:
-        pynvml.nvmlShutdown()
+    return facts or None
+
+
+def results_folder() -> Path:
+    """benchmarks/results/<gpu>, made if it is not there: "nvidia-h100-80gb-hbm3"."""
+    name = (gpu() or {}).get("name") or "no-gpu"
+    folder = _ROOT / "benchmarks" / "results" / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _version(package: str) -> str | None:

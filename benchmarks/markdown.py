@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks import bars
+from benchmarks.cells import cells, headline, limits, quality_cells
 from benchmarks.results import Run
-from benchmarks.table import cells, headline, limits, quality_cells
+from benchmarks.sampler import FLASHKERN
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 _OPERATOR = ("shape", "dtype", "flashkern", "best peer", "speed-up", "of limit")
@@ -37,14 +39,24 @@ def _operators(run: Run) -> str:
     return _table(_OPERATOR, lines)
 
 
+def _lost(run: Run) -> list[str]:
+    """Cases without a time of flashkern's."""
+    missing = run.record["missing"].items()
+    return [f"- not measured: {c}: {why[FLASHKERN]}" for c, why in missing if FLASHKERN in why]
+
+
 def markdown(run: Run, source: str) -> str:
     """The report's tables; `source` is the file that they come from, as a reader would name it."""
     machine = run.record["machine"]
+    where = f"{machine['cpu']['model']}, {machine['cores']} cores, {machine['isa']}"
+    if run.gpu:
+        where = f"{run.gpu['name']}, driver {run.gpu.get('driver')}, CUDA {run.gpu.get('cuda')}"
     parts = [
-        f"On {machine['cpu']['model']}, {machine['cores']} cores, {machine['isa']}, torch "
-        f"{machine['versions']['torch']}. " + "; ".join(headline(run)) + ".",
+        f"On {where}, torch {machine['versions']['torch']}. " + "; ".join(headline(run)) + ".",
         *("- " + limits(roof) for roof in run.roofs.values()),
     ]
+    if any(roof.gpu for roof in run.roofs.values()):
+        parts += ["", _table(bars.COLUMNS, bars.lines(run))]
     if run.models:
         parts += ["", _models(run)]
     if run.operators:
@@ -52,6 +64,7 @@ def markdown(run: Run, source: str) -> str:
             "", f"<details><summary>Every shape of profile {run.record['profile']}</summary>", "",
             _operators(run), "", "</details>",
         ]  # fmt: skip
+    parts += _lost(run)
     parts += ["", f"From [{source}]({source}); `=` marks a difference inside the noise."]
     return "\n".join(parts)
 

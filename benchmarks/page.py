@@ -6,7 +6,8 @@ import base64
 import html
 from pathlib import Path
 
-from benchmarks import table
+from benchmarks import bars
+from benchmarks import cells as words
 from benchmarks.results import Row, Run
 
 _STYLE = """
@@ -49,21 +50,21 @@ most exact torch form in the same dtype.
 
 
 def _cell(text: str, column: str, extra: str = "") -> str:
-    names = " ".join(filter(None, ["r" if column in table.RIGHT else "", extra]))
+    names = " ".join(filter(None, ["r" if column in words.RIGHT else "", extra]))
     return f'<td class="{names}">{html.escape(text)}</td>'
 
 
 def _head(columns: tuple[str, ...]) -> str:
-    cells = (f'<th class="{"r" if c in table.RIGHT else ""}">{c}</th>' for c in columns)
+    cells = (f'<th class="{"r" if c in words.RIGHT else ""}">{c}</th>' for c in columns)
     return f"<thead><tr>{''.join(cells)}</tr></thead>"
 
 
 def _row(run: Run, row: Row, columns: tuple[str, ...]) -> str:
-    shown = table.cells(row, run.noise) | {
+    shown = words.cells(row, run.noise) | {
         "task": row.info["shape"],
-        "result": table.quality_cells(row),
+        "result": words.quality_cells(row),
     }
-    verdict = table.verdict(row, run.noise)
+    verdict = words.verdict(row, run.noise)
     cells = []
     for column in columns:
         extra = verdict if column == "speed-up" else "wrap" if column == "result" else ""
@@ -79,8 +80,8 @@ def _operators(run: Run) -> str:
         if section != before:
             parts.append(f'<tr class="head"><td colspan="8">{section}</td></tr>')
             before = section
-        parts.append(_row(run, row, table.COLUMNS))
-    return f"<table>{_head(table.COLUMNS)}<tbody>{''.join(parts)}</tbody></table>"
+        parts.append(_row(run, row, words.COLUMNS))
+    return f"<table>{_head(words.COLUMNS)}<tbody>{''.join(parts)}</tbody></table>"
 
 
 def _models(run: Run) -> str:
@@ -95,7 +96,7 @@ def _tiles(run: Run) -> str:
         judged = sorted((r for r in rows if r.speedup), key=lambda r: r.speedup or 0.0)
         if not judged:
             continue
-        kept = sum(table.verdict(r, run.noise) != "slower" for r in judged)
+        kept = sum(words.verdict(r, run.noise) != "slower" for r in judged)
         middle = judged[len(judged) // 2].speedup
         span = f"from {judged[0].speedup:.2f}x to {judged[-1].speedup:.2f}x"
         tiles.append((f"{middle:.2f}x", f"median speed-up over {len(judged)} {name}, {span}"))
@@ -112,7 +113,7 @@ def _machine(run: Run) -> str:
         f"{machine['cpu']['mhz']} MHz, caches "
         + ", ".join(f"{k} {v}" for k, v in machine["caches"].items()),
         "memory": f"{machine['memory_gib']} GiB",
-        "GPU": f"{gpu['name']}, driver {gpu['driver']}" if gpu else "none",
+        "GPU": ", ".join(f"{k} {v}" for k, v in gpu.items()) if gpu else "none",
         "kernels": f"{machine['isa']} (torch: {machine['torch_isa']}), "
         f"{machine['threads']} threads, {machine['clock']} clock",
         "versions": ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v),
@@ -121,11 +122,19 @@ def _machine(run: Run) -> str:
         "command": run.record["command"],
     }
     facts |= {
-        f"limits, {t} thread{'s' * (t > 1)}": table.limits(r).split(": ", 1)[1]
+        f"limits, {'GPU' if r.gpu else words.threads(t)}": words.limits(r).split(": ", 1)[1]
         for t, r in run.roofs.items()
     }
     pairs = (f"<dt>{k}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
     return f"<dl>{''.join(pairs)}</dl>"
+
+
+def _bars(run: Run) -> str:
+    if not any(roof.gpu for roof in run.roofs.values()):
+        return ""
+    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in bars.lines(run))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<h2>Bars</h2><div class=scroll><table>{_head(bars.COLUMNS)}{body}</table></div>"
 
 
 def _missing(run: Run) -> str:
@@ -150,11 +159,11 @@ def write(run: Run, plots: list[Path], path: Path) -> None:
 <meta name="viewport" content="width=device-width"><title>flashkern benchmarks</title>
 <style>{_STYLE}</style></head><body>
 <h1>flashkern {machine["versions"]["flashkern"]}</h1>
-<p class="sub">{html.escape(machine["cpu"]["model"])}, {machine["cores"]} cores,
+<p class="sub">{html.escape(run.processor)}, {machine["cores"]} cores,
 {machine["isa"]}; torch {machine["versions"]["torch"]}; profile {run.record["profile"]},
 {run.date[:16].replace("T", " ")} UTC, {run.record["seconds"]:.0f} s</p>
 <div class="tiles">{_tiles(run)}</div>
-{models}
+{_bars(run)}{models}
 <h2>Operators</h2><div class="scroll">{_operators(run)}</div>
 <p class="note">Hold the pointer over a row to see the time of every provider.
 = marks a difference inside the noise.</p>

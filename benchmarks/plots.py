@@ -12,9 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the back end must be chosen first)
 
+from benchmarks.cells import threads, verdict  # noqa: E402
 from benchmarks.results import Row, Run  # noqa: E402
+from benchmarks.roof import Roof  # noqa: E402
 from benchmarks.sampler import CONTROL, FLASHKERN  # noqa: E402
-from benchmarks.table import verdict  # noqa: E402
 
 OWN, PEER, INK, FAINT = "#d9480f", "#1c7ed6", "#343a40", "#ced4da"
 _VERDICTS = {"faster": "#2b8a3e", "tie": "#f08c00", "slower": "#c92a2a"}
@@ -44,8 +45,8 @@ def _name(row: Row) -> str:
     return f"{row.info['mode']} {row.info['shape']} {row.info['dtype']}"
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
+def _on(roof: Roof) -> str:
+    return "" if roof.gpu else f", {threads(roof.threads)}"
 
 
 def _speedups(run: Run, rows: list[Row], title: str) -> Any:
@@ -116,20 +117,15 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
     axes.text(
         right,
         roof.fma / 1e9 * 1.06,
-        f"multiply-adds, {roof.fma / 1e9:.0f} GFLOP/s",
+        f"{'cuBLAS' if roof.gpu else 'multiply-adds'}, {roof.fma / 1e9:.0f} GFLOP/s",
         ha="right",
         fontsize=8,
         color=INK,
     )
-    axes.axhline(roof.gemm / 1e9, color=INK, linewidth=0.8, linestyle=":")
-    axes.text(
-        right,
-        roof.gemm / 1e9 / 1.2,
-        f"torch's matrix product, {roof.gemm / 1e9:.0f}",
-        ha="right",
-        fontsize=8,
-        color=INK,
-    )
+    if not roof.gpu:
+        axes.axhline(roof.gemm / 1e9, color=INK, linewidth=0.8, linestyle=":")
+        text = f"torch's matrix product, {roof.gemm / 1e9:.0f}"
+        axes.text(right, roof.gemm / 1e9 / 1.2, text, ha="right", fontsize=8, color=INK)
     points = []
     for row, x in zip(rows, intensity, strict=True):
         y = row.info["flops"] / row.seconds[FLASHKERN] / 1e9
@@ -148,7 +144,7 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(None, roof.fma / 1e9 * 1.5))
     axes.set(xlabel="FLOPs for each byte of inputs and outputs", ylabel="GFLOP/s")
-    axes.set_title(f"{operator}: roofline, {_threads(roof.threads)}")
+    axes.set_title(f"{operator}: roofline{_on(roof)}")
     return figure
 
 
@@ -158,7 +154,12 @@ def _bandwidth(run: Run, rows: list[Row]) -> Any:
     roof = run.roofs[rows[0].info["threads"]]
     sizes = sorted(roof.read)
     axes.plot(sizes, [roof.read[s] / 1e9 for s in sizes], color=INK, linewidth=1)
-    axes.text(sizes[0], roof.read[sizes[0]] / 1e9 * 1.15, "reading, nothing else", fontsize=8)
+    axes.text(
+        sizes[0],
+        roof.read[sizes[0]] / 1e9 * 1.15,
+        "copying" if roof.gpu else "reading, nothing else",
+        fontsize=8,
+    )
     points = []
     for row in rows:
         x, y = row.info["bytes"], row.info["bytes"] / row.seconds[FLASHKERN] / 1e9
@@ -176,7 +177,7 @@ def _bandwidth(run: Run, rows: list[Row]) -> Any:
         axes.plot([], [], "o", mfc="white", color=_PEERS[i % len(_PEERS)], label=name)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="bytes of logits", ylabel="GB/s")
-    axes.set_title(f"beam: bandwidth, {_threads(roof.threads)}")
+    axes.set_title(f"beam: bandwidth{_on(roof)}")
     return figure
 
 

@@ -18,7 +18,8 @@ class Attention:
     """Batch, query and key-value heads, sequence lengths, head_dim.
 
     mode: "prefill" (forward), "training" (forward and backward), "decode" (one query per sequence),
-    "padded" (a batch of unequal lengths up to `kv`), "varlen" (the same without the padding).
+    "paged" (the same from a cache in pages of 16 tokens), "padded" (a batch of unequal lengths up
+    to `kv`), "varlen" (the same without the padding).
     """
 
     mode: str
@@ -31,34 +32,43 @@ class Attention:
     batch: int = 1
     causal: bool = True
     threads: int = 0  # 0: all cores
+    gpu: bool = False  # measured beside a GPU's peers
     operator = "attention"
 
     @property
     def shape(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        length = f"{self.kv}" if self.mode != "decode" else f"1x{self.kv}"
-        tail = " causal" if self.causal and self.mode != "decode" else ""
+        one = self.mode in ("decode", "paged")
+        length = f"1x{self.kv}" if one else f"{self.kv}"
+        tail = " causal" if self.causal and not one else ""
         batch = f"B{self.batch} " if self.batch > 1 else ""
         return f"{batch}H{heads} S{length} D{self.dim}{tail}"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Rows of x, in and out features of W, rank. mode: "training" (both passes) or "decode"."""
+    """Rows of x, in and out features of W, rank.
+
+    mode: "training" (both passes), "forward", "decode" (a forward pass of few rows), "several" (one
+    of 8 adapters for each row).
+    """
 
     mode: str
     rows: int
     inputs: int
     outputs: int
     rank: int
-    dtype: str = "f32"  # of x and W; A and B are float32, as PEFT keeps them
+    dtype: str = "f32"  # of x and W
     dropout: float = 0.0
     threads: int = 0
+    adapter: str = "f32"  # of A and B: float32, as PEFT keeps them
+    gpu: bool = False
     operator = "lora"
 
     @property
     def shape(self) -> str:
         tail = f" drop{self.dropout:g}" if self.dropout else ""
+        tail += f" {self.adapter} adapter" if self.adapter != "f32" else ""
         return f"{self.rows}x{self.inputs}->{self.outputs} r{self.rank}{tail}"
 
 
@@ -71,6 +81,7 @@ class Beam:
     dtype: str = "f32"
     batch: int = 1
     threads: int = 0
+    gpu: bool = False
     mode: str = "step"
     operator = "beam"
 

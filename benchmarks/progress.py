@@ -9,16 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from benchmarks.cells import duration
 from benchmarks.sampler import FLASHKERN
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit: "12.3 ms"."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        value = seconds * factor
-        if value >= 1 or unit == "us":
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-    raise AssertionError
 
 
 class Progress:

@@ -62,7 +62,7 @@ class Row:
         if self.info["units"]:
             unit, amount = next(iter(self.info["units"].items()))
             return amount / self.seconds[provider], f"{unit}/s"
-        if self.info["flops"] and self.info["mode"] != "decode":
+        if self.info["flops"] and self.info["mode"] not in ("decode", "paged"):
             return self.info["flops"] / self.seconds[provider] / 1e9, "GFLOP/s"
         if self.info["bytes"]:
             return self.info["bytes"] / self.seconds[provider] / 1e9, "GB/s"
@@ -88,6 +88,16 @@ class Run:
     def noise(self) -> float:
         """The run's noise: the 90th percentile of its cases' noise, and at least LEAST_NOISE."""
         return percentile([row.noise for row in self.rows], 0.9, LEAST_NOISE)
+
+    @property
+    def gpu(self) -> dict[str, Any] | None:
+        """What was measured, if it was a GPU."""
+        return self.record["machine"]["gpu"] if self.record.get("device") == "cuda" else None
+
+    @property
+    def processor(self) -> str:
+        """The name of what was measured."""
+        return self.gpu["name"] if self.gpu else self.record["machine"]["cpu"]["model"]
 
     @property
     def operators(self) -> list[Row]:

@@ -5,18 +5,22 @@ read   reading a working set of a given size and adding it up: what a kernel tha
        once can reach. A set that fits a cache is read at the cache's speed.
 gemm   torch's float32 matrix product of 1536 x 1536: what a tuned library makes of the fma limit.
 
-Each is the best of several tries at the start and at the end of a run.
+Each is the best of several tries at the start and at the end of a run. A GPU's (`measure_gpu`) are
+cuBLAS's rate in a bfloat16 product and, for each size, what a copy reads and writes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks.clock import Clock
 from flashkern import _host
 
 READ_BYTES = tuple(1 << power for power in range(17, 29))  # 128 KiB to 256 MiB
@@ -31,6 +35,13 @@ class Roof:
     fma: float
     gemm: float
     read: dict[int, float] = field(default_factory=dict)
+    gpu: bool = False  # then `fma` is `gemm`, `read` is a copy's bandwidth, and `threads` is 0
+    call: float = 0.0  # seconds that the clock shows for a call that does nothing
+
+    @property
+    def memory(self) -> float:
+        """Bytes/s of the largest working set."""
+        return self.read[max(self.read)]
 
     def read_at(self, size: int) -> float:
         """Bytes/s for a working set of `size` bytes, interpolated between the measured sizes."""
@@ -44,9 +55,10 @@ class Roof:
         return self.read[sizes[-1]]
 
     def least_seconds(self, flops: float, size: float) -> tuple[float, str]:
-        """The least time for that much work, and the limit that sets it: "fma" or "read"."""
+        """The least time for that much work, and the limit that sets it, by its name above."""
         compute, memory = flops / self.fma, size / self.read_at(int(size))
-        return (compute, "fma") if compute >= memory else (memory, "read")
+        names = ("gemm", "copy") if self.gpu else ("fma", "read")
+        return (compute, names[0]) if compute >= memory else (memory, names[1])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +66,8 @@ class Roof:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Roof:
         read = {int(size): speed for size, speed in data["read"].items()}
-        return Roof(data["threads"], data["fma"], data["gemm"], read)
+        more = {name: data[name] for name in ("gpu", "call") if name in data}
+        return Roof(data["threads"], data["fma"], data["gemm"], read, **more)
 
 
 def _gemm(threads: int, seconds: float) -> float:
@@ -81,7 +94,33 @@ def measure(threads: int, seconds: float = 1.5) -> Roof:
     return Roof(threads, _host.fma_peak(threads, part), _gemm(threads, part), read)
 
 
+def _product(clock: Clock, device: str, n: int) -> float:
+    """FLOP/s of torch's bfloat16 product of n x n."""
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    out = torch.mm(a, b)
+    return 2 * n**3 / median(clock.seconds(lambda: torch.mm(a, b, out=out), 5) for _ in range(5))
+
+
+def _copies(clock: Clock, device: str, most: int) -> dict[int, float]:
+    """Bytes/s of copies, read and written bytes together, by their number."""
+    source = torch.ones(most // 2, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    found = {}
+    for size in (most >> shift for shift in range(11)):
+        call = functools.partial(target[: size // 2].copy_, source[: size // 2])
+        found[size] = size / min(clock.seconds(call, 5) for _ in range(4))
+    return found
+
+
+def measure_gpu(clock: Clock, device: str, gemm: int, most: int) -> Roof:
+    """A GPU's limits by `clock`: a product of `gemm` cubed, copies that move up to `most` bytes."""
+    rate, copies = _product(clock, device, gemm), _copies(clock, device, most)
+    nothing = median(clock.seconds(lambda: None, 10) for _ in range(3))
+    return Roof(0, rate, rate, copies, True, nothing)
+
+
 def best(one: Roof, other: Roof) -> Roof:
     """The higher of two measurements of the same machine, limit by limit."""
     read = {size: max(one.read[size], other.read[size]) for size in one.read}
-    return Roof(one.threads, max(one.fma, other.fma), max(one.gemm, other.gemm), read)
+    fma, gemm = max(one.fma, other.fma), max(one.gemm, other.gemm)
+    return Roof(one.threads, fma, gemm, read, one.gpu, min(one.call, other.call))

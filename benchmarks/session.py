@@ -16,7 +16,7 @@ from benchmarks.problem import Problem, relative_error
 from benchmarks.profiles import Case, Profile, label
 from benchmarks.providers.lora import ERROR_SEED
 from benchmarks.roof import Roof
-from benchmarks.sampler import CONTROL, sample
+from benchmarks.sampler import CONTROL, Contender, sample
 
 
 @dataclass
@@ -29,32 +29,59 @@ class Measured:
     missing: dict[str, str]
 
 
-def _judge(problem: Problem) -> dict[str, dict[str, Any]]:
-    """Runs each contender once: its error against float64, and its quality if the case has one.
+def judge_one(
+    problem: Problem, contender: Contender, shared: dict[str, Sequence[torch.Tensor]]
+) -> dict[str, Any]:
+    """Runs a contender once: its error against float64, and its quality if the case has one.
 
-    Contenders that the exact result does not depend on share it, so it is computed once.
+    Contenders that the exact result does not depend on share it: `shared` keeps it.
     """
-    found: dict[str, dict[str, Any]] = {}
-    shared: Sequence[torch.Tensor] | None = None
-    for contender in problem.contenders:
-        if contender.name == CONTROL:
-            continue
-        facts = found[contender.name] = {}
-        torch.manual_seed(ERROR_SEED)
-        contender.prepare()
-        result = contender.call()
-        if problem.quality is not None:
-            facts["quality"] = problem.quality(contender.name, result)
-        if problem.exact is None:
-            continue
-        results = contender.unpack(result)
-        if problem.own_exact or contender.role == "limit":
-            exact = problem.exact(contender.name)
-        else:
-            shared = exact = problem.exact(contender.name) if shared is None else shared
-        if results:
-            facts["error"] = relative_error(results, exact)
-    return found
+    facts: dict[str, Any] = {}
+    torch.manual_seed(ERROR_SEED)
+    contender.prepare()
+    result = contender.call()
+    if problem.quality is not None:
+        facts["quality"] = problem.quality(contender.name, result)
+    if problem.exact is None:
+        return facts
+    results = contender.unpack(result)
+    if problem.own_exact or contender.role == "limit":
+        exact = problem.exact(contender.name)
+    else:
+        if not shared:
+            shared["exact"] = problem.exact(contender.name)
+        exact = shared["exact"]
+    if results:
+        facts["error"] = relative_error(results, exact)
+    return facts
+
+
+def judge(problem: Problem) -> dict[str, dict[str, Any]]:
+    """What `judge_one` finds for each contender but the control."""
+    shared: dict[str, Sequence[torch.Tensor]] = {}
+    judged = [c for c in problem.contenders if c.name != CONTROL]
+    return {c.name: judge_one(problem, c, shared) for c in judged}
+
+
+def describe(
+    name: str, problem: Problem, facts: dict[str, Any], clock: str, judged: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a result file says beside the times of each contender of a case."""
+    return {
+        contender.name: {
+            **facts,
+            **problem.facts,
+            "case": name,
+            "provider": contender.name,
+            "role": contender.role,
+            "flops": problem.flops,
+            "bytes": problem.bytes,
+            "units": problem.units,
+            "clock": clock,
+            **judged.get(contender.name, {}),
+        }
+        for contender in problem.contenders
+    }
 
 
 @dataclass
@@ -122,22 +149,9 @@ class Bench:
     def _run(
         self, name: str, problem: Problem, facts: dict[str, Any], budget: float, least: int
     ) -> Measured:
-        judged = _judge(problem)  # also a warm-up
+        judged = judge(problem)  # also a warm-up
         samples = sample(problem.contenders, self.clock, budget, least)
-        info = {}
-        for contender in problem.contenders:
-            info[contender.name] = {
-                **facts,
-                **problem.facts,
-                "case": name,
-                "provider": contender.name,
-                "role": contender.role,
-                "flops": problem.flops,
-                "bytes": problem.bytes,
-                "units": problem.units,
-                "clock": self.clock.name,
-                **judged.get(contender.name, {}),
-            }
+        info = describe(name, problem, facts, self.clock.name, judged)
         return Measured(name, samples.seconds, info, {})
 
     def _keep(self, name: str, measured: Measured) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashkern import _attention_args, _host
 from flashkern._checks import dtype_name
-from flashkern._ops import ops
+from flashkern._ops import BACKEND, ops
 from flashkern.explain import planner
 
 
@@ -76,18 +76,28 @@ def _attention_kvcache(
 
 @planner("lora_linear")
 def _lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, **_: Any
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    **_: Any,
 ) -> dict[str, Any]:
     out, width = weight.shape
     rank, rows = lora_a.shape[-2], x.numel() // max(width, 1)
     elements = rows * (width + out) + out * width
     adapters = (lora_a.numel() + lora_b.numel()) * lora_a.element_size()
-    choice = ("auto", "blas", "own").index(ops.lora_base())
-    plan = _host.lora_plan(
-        rows, out, dtype_name(x.dtype), choice if weight.is_contiguous() else 1,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    kernel, why = _LORA_BASES[plan.pop("base")]
+    choice = ("auto", "blas", "own").index(ops.lora_base()) if weight.is_contiguous() else 1
+    dtype = dtype_name(x.dtype)
+    if x.is_cuda or BACKEND:
+        plan = _host.lora_gpu_plan(
+            rows, width, out, rank, dtype, choice, _capability(x), dropout_p > 0.0
+        )
+        kernel, why = _LORA_GPU_BASES[plan.pop("base")]
+    else:
+        plan = _host.lora_plan(rows, out, dtype, choice, torch.get_num_threads())
+        kernel, why = _LORA_BASES[plan.pop("base")]
     return {
         "kernel": kernel,
         "why": why,
@@ -95,6 +105,14 @@ def _lora_linear(
         "bytes": float(elements * x.element_size() + adapters),
         **plan,
     }
+
+
+def _capability(x: Tensor) -> int:
+    """10 * major + minor of x's GPU; the emulator's, and an absent GPU's, is 80."""
+    if not x.is_cuda or not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 _LORA_BASES = {
@@ -109,6 +127,21 @@ _LORA_BASES = {
     "few": (
         "dot products that read W once, the adapter in the same sum",
         "a few rows: reading W is the work",
+    ),
+}
+
+_LORA_GPU_BASES = {
+    "blas": (
+        "h B^T + bias, to which cuBLAS adds x W^T",
+        "cuBLAS alone multiplies this dtype at full rate here, or W's rows are not contiguous",
+    ),
+    "tiles": (
+        "tensor-core tiles, x W^T + h B^T in one sum",
+        "y is written once, and mma.sync runs at this GPU's full rate or the depth is short",
+    ),
+    "few": (
+        "a decoding step: W read once, the adapter in the same sum",
+        "at most 64 rows: reading W is the work",
     ),
 }
 

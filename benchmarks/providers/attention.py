@@ -29,6 +29,7 @@ class Inputs:
     value: Tensor
     grad: Tensor
     lengths: list[int]  # of each sequence
+    pages: Any = None  # of a cache in pages, made once
 
     @property
     def group(self) -> int:
@@ -88,7 +89,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     group = q.shape[1] // k.shape[1]
     scores = q @ _repeat(k, group).transpose(2, 3) * q.shape[-1] ** -0.5
     if causal and q.shape[2] > 1:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
@@ -246,6 +247,10 @@ def _as_padded(case: Attention) -> Attention:
 
 
 def factories(case: Attention) -> dict[str, Callable[[Inputs], Contender]]:
+    if case.gpu:
+        from benchmarks.providers import attention_gpu
+
+        return attention_gpu.factories(case)
     if case.mode == "varlen":
         return {
             FLASHKERN: _varlen,

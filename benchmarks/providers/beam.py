@@ -5,6 +5,11 @@ transformers  a float32 copy of the logits, log_softmax, the beams' scores added
 beamgrad      its decoder reads logits by itself but has no single step: two steps are decoded, of
               which the first reads one row, and the time is counted per row. It keeps `beams` and
               not 2 x beams candidates, which is a little less work.
+
+Beside a GPU:
+
+torch chain   log_softmax in float32, the beams' scores added, topk: the least that torch can do.
+cupy          the same from CuPy's reductions and its argpartition.
 """
 
 from __future__ import annotations
@@ -69,7 +74,41 @@ def _beamgrad(made: Inputs) -> Contender:
     return Contender("beamgrad", call, scale=beams / (beams + 1), unpack=lambda _: [])
 
 
+def _chain(made: Inputs) -> Contender:
+    def call() -> tuple[Tensor, Tensor]:
+        scores = torch.log_softmax(made.logits, dim=-1, dtype=torch.float32)
+        return torch.topk((scores + made.scores[:, :, None]).flatten(1), k=made.k)
+
+    return Contender("torch chain", call, unpack=lambda best: [best[0]])
+
+
+def _cupy(made: Inputs) -> Contender:
+    if made.case.dtype == "bf16":
+        raise ImportError("CuPy has no bfloat16")
+    import cupy
+
+    if not made.logits.is_cuda:
+        raise ImportError("CuPy needs a GPU")
+    logits, scores = (cupy.from_dlpack(x) for x in (made.logits, made.scores))
+
+    def call() -> Tensor:
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        shifted -= cupy.log(cupy.exp(shifted).sum(axis=-1, keepdims=True))
+        flat = (shifted + scores[:, :, None]).reshape(logits.shape[0], -1)
+        best = cupy.take_along_axis(flat, cupy.argpartition(-flat, made.k)[:, : made.k], axis=1)
+        return torch.from_dlpack(-cupy.sort(-best, axis=1))
+
+    return Contender("cupy", call, unpack=lambda best: [best])
+
+
 def factories(case: Beam) -> dict[str, Callable[[Inputs], Contender]]:
+    if case.gpu:
+        return {
+            FLASHKERN: _flashkern,
+            "torch chain": _chain,
+            "transformers": _transformers,
+            "cupy": _cupy,
+        }
     return {FLASHKERN: _flashkern, "transformers": _transformers, "beamgrad": _beamgrad}
 
 

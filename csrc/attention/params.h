@@ -49,6 +49,7 @@ struct Problem {
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1,), both or neither
   const int32_t* cu_seqlens_k = nullptr;
+  int64_t packed_q = 0, packed_k = 0;   // rows of the packed tensors
   const int32_t* kv_lengths = nullptr;  // (batch,): keys from here on are not seen
   const int32_t* page_table = nullptr;  // (batch, pages)
   int64_t page_table_row = 0, page_size = 0;
@@ -65,7 +66,7 @@ struct Problem {
   const double* sinks_double = nullptr;  // the same for float64
 
   double dropout_p = 0;
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;  // where the call runs: a captured graph draws it anew
 
   FK_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };
@@ -86,12 +87,15 @@ struct BiasGradient {
 struct BackwardParams : Problem {
   Matrix output, grad_output;
   RowValues lse, grad_lse;  // grad_lse.data is nullptr where nothing depends on lse
-  RowValues delta;          // working memory, shaped as lse
+  RowValues delta;          // working memory of the CPU kernels, shaped as lse
   Output grad_query, grad_key, grad_value;
-  Output query_sums;  // float32 zeros, contiguous; grad_query itself for float32 and float64
+  // Of the CPU kernels: float32 zeros, contiguous; grad_query itself for float32 and float64.
+  Output query_sums;
   int64_t query_elements = 0;  // of grad_query
   BiasGradient grad_bias;
   void* grad_sinks = nullptr;  // (heads,), float32 or float64
+  float* workspace = nullptr;  // of the GPU kernels: gpu::attention_backward_workspace
+  int32_t* turns = nullptr;    // zeros on entry
 };
 
 // Keys and values appended to a cache in place, new row t of batch b at cache_lengths[b] + t.

@@ -41,7 +41,7 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
 
 py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q,
                             int64_t seq_k, int64_t head_dim, int64_t value_dim, bool float32,
-                            bool packed) {
+                            int64_t packed_q, int64_t packed_k, bool plain) {
   const int32_t starts[1] = {};  // never read: the plan knows no lengths
   Problem p;
   p.dtype = float32 ? flashkern::DType::kFloat32 : flashkern::DType::kBFloat16;
@@ -52,11 +52,17 @@ py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int6
   p.seq_k = seq_k;
   p.head_dim = head_dim;
   p.value_dim = value_dim;
-  if (packed) p.cu_seqlens_q = starts;
+  if (packed_q > 0) p.cu_seqlens_q = starts;
+  p.packed_q = packed_q;
+  p.packed_k = packed_k;
+  if (!plain) p.softcap = 1;  // or any other option that scores can have
   const sm80::ForwardPlan plan = sm80::plan_forward(p);
   py::dict out;
+  const char* const forms[] = {"few", "narrow", "wide"};
+  out["form"] = forms[static_cast<int>(plan.form)];
   out["dim"] = plan.dim;
-  out["tile_rows"] = 16 * plan.warps;
+  out["warps"] = plan.warps;
+  out["tile_rows"] = plan.tile_rows;
   out["tile_keys"] = plan.tile_keys;
   out["shared_bytes"] = plan.shared_bytes;
   out["blocks"] = plan.blocks;
@@ -77,7 +83,9 @@ FK_HOST_BINDINGS(attention)(py::module_& m) {
         "`rows` are the query rows of a KV head, `decode_rows` how many the decode kernel takes.");
   m.def("attention_gpu_plan", &attention_gpu_plan, py::arg("batch"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("seq_q"), py::arg("seq_k"), py::arg("head_dim"),
-        py::arg("value_dim"), py::arg("float32") = false, py::arg("packed") = false,
-        "How the sm_80 forward kernel cuts an attention call: a dict. `splits` are the most parts "
-        "that the keys of a sequence are cut into.");
+        py::arg("value_dim"), py::arg("float32") = false, py::arg("packed_q") = 0,
+        py::arg("packed_k") = 0, py::arg("plain") = true,
+        "How the sm_80 forward kernel cuts an attention call: a dict. `packed_q`, `packed_k`: rows "
+        "of the packed tensors of a ragged batch. `plain`: no option but a band. `splits` are the "
+        "most parts that the keys of a sequence are cut into.");
 }

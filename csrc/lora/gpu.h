@@ -10,14 +10,15 @@
 
 namespace flashkern::gpu {
 
-// Who computes the base product on a GPU (lora/sm80/plan.h).
-LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice);
+// Ten times the major number plus the minor one, asked for once for each device.
+int compute_capability(int device);
 
 // Bytes of device memory, aligned to 256, that a launch works in.
 int64_t lora_workspace(const LoraForward& params);
 int64_t lora_workspace(const LoraBackward& params);
 
-// base: kBlas: y (dx) holds x W^T + bias (dy W) already; anything else: computed here.
+// base: kBlas: y (dx) gets all but the base product, and the caller has BLAS add x W^T (dy W) to it
+// (lora/sm80/plan.h).
 void lora_forward(const LoraForward& params, void* workspace, GpuStream stream);
 void lora_backward(const LoraBackward& params, void* workspace, GpuStream stream);
 

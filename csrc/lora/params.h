@@ -20,7 +20,7 @@
 namespace flashkern {
 
 struct LoraDropout {
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;  // where the call runs: a captured graph draws it anew
   uint64_t threshold = 0;  // a value stays when its random word is at least this; 0: no dropout
 };
 
@@ -39,7 +39,7 @@ struct LoraAdapters {
 struct LoraForward {
   int64_t rows, in, out;
   DType dtype;    // of x and y
-  LoraBase base;  // who computes x W^T + bias; kBlas: y holds it already
+  LoraBase base;  // who computes x W^T + bias; kBlas: y holds it already (GPU: lora/gpu.h)
   const void* x;
   int64_t x_row;       // elements from one row to the next
   const void* weight;  // (out, in) contiguous
@@ -53,7 +53,7 @@ struct LoraForward {
 struct LoraBackward {
   int64_t rows, in, out;
   DType dtype;    // of x, dy and dx
-  LoraBase base;  // who computes dy W; kBlas: dx holds it already
+  LoraBase base;  // who computes dy W; kBlas: dx holds it already (GPU: lora/gpu.h)
   const void* x;
   int64_t x_row;
   const void* dy;

@@ -29,6 +29,14 @@ FK_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The same pointer, of which the compiler knows nothing more: what is added to it step by step is
+// not turned into products.
+template <class T>
+FK_DEVICE T* opaque(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
 FK_DEVICE uint32_t lane_id() {
   uint32_t lane;
   asm("mov.u32 %0, %%laneid;" : "=r"(lane));

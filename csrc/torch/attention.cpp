@@ -119,6 +119,8 @@ void set_packed(Problem& p, const AttentionArguments& a) {
   check_cu_seqlens("cu_seqlens_k", *a.cu_seqlens_k, p.batch, a.key.size(0), a.max_seqlen_k);
   p.seq_q = a.max_seqlen_q;
   p.seq_k = a.max_seqlen_k;
+  p.packed_q = a.query.size(0);
+  p.packed_k = a.key.size(0);
 }
 
 void set_paged(Problem& p, const AttentionArguments& a) {
@@ -241,7 +243,7 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
   p.bias = bias_of(a.bias, a.query);
   set_sinks(p, a.sinks);
   set_alibi(p, a.alibi_slopes);
-  if (a.seed.has_value()) p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
+  if (a.seed.has_value()) p.seed = seed_of(*a.seed, a.query);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(

@@ -8,6 +8,8 @@
 #include "dropout.h"
 #include "lora/gpu.h"
 #include "lora/params.h"
+#include "lora/sm80/plan.h"
+#include "torch/addmm.h"
 #include "torch/device.h"
 #include "torch/threads.h"
 
@@ -33,7 +35,11 @@ LoraChoice& lora_choice() {
 LoraBase choose_base(const Tensor& x, int64_t rows, const Tensor& weight, bool forward) {
   if (!weight.is_contiguous()) return LoraBase::kBlas;
   if constexpr (kGpuKernels) {
-    if (on_gpu(x)) return gpu::lora_base(rows, dtype_of(x), forward, lora_choice());
+    if (on_gpu(x)) {  // the emulator stands for the GPUs whose best kernels are ours
+      const int capability = kEmulated ? 80 : gpu::compute_capability(x.get_device_index());
+      return sm80::lora_base(rows, weight.size(forward), dtype_of(x), forward, lora_choice(),
+                             capability);
+    }
   }
   return lora_base(rows, dtype_of(x), forward, lora_choice(), cpu_facts());
 }
@@ -59,8 +65,12 @@ struct RowView {
   }
 };
 
-uint64_t seed_of(const Tensor& seed) {
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+// out += rows x matrix, by a GPU's BLAS.
+void add_product(const Tensor& out, const RowView& rows, const Tensor& matrix) {
+  const auto flat = [&](const Tensor& t) {
+    return torch::stable::reshape(t, {rows.rows, t.size(t.dim() - 1)});
+  };
+  if constexpr (kGpuKernels) addmm(flat(out), flat(rows.tensor), matrix);
 }
 
 Tensor multiply(const Tensor& t, double factor) {
@@ -91,7 +101,7 @@ struct Adapters {
     double kept = 1.0;
     if (dropout_p > 0.0) {
       STD_TORCH_CHECK(seed.has_value(), "lora_linear: dropout needs a seed");
-      dropout.seed = seed_of(*seed);
+      dropout.seed = seed_of(*seed, lora_a);
       dropout.threshold = dropout_threshold(dropout_p);
       kept = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
     }
@@ -209,8 +219,9 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   const Adapters adapters(lora_a, lora_b, ids, scalings, scaling, dropout_p, seed, view.rows);
   check_shapes(x, weight, adapters);
   const LoraBase base = choose_base(x, view.rows, weight, true);
-  const Tensor y = base == LoraBase::kBlas ? packed(base_linear(view.tensor, weight, bias))
-                                           : empty_result(x, weight.size(0));
+  const bool blas = base == LoraBase::kBlas, last = blas && on_gpu(x);
+  const Tensor y = blas && !last ? packed(base_linear(view.tensor, weight, bias))
+                                 : empty_result(x, weight.size(0));
   std::optional<Tensor> added;
   if (bias.has_value()) added.emplace(packed(*bias));
   const Tensor h = empty<2>(x, {view.rows, adapters.params.rank}, sum_type(x));
@@ -228,6 +239,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                       adapters.params,
                       adapters.dropout};
   launch(p, x);
+  if (last) add_product(y, view, torch::stable::transpose(weight, 0, 1));
   return {y, h};
 }
 
@@ -240,8 +252,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
   const Adapters adapters(lora_a, lora_b, ids, scalings, scaling, dropout_p, seed, view.rows);
   check_shapes(x, weight, adapters);
   const LoraBase base = choose_base(x, view.rows, weight, false);
-  const bool blas = need_x && base == LoraBase::kBlas;
-  const Tensor dx = blas ? packed(torch::stable::matmul(dy.tensor, weight)) : empty_of(x, need_x);
+  const bool blas = need_x && base == LoraBase::kBlas, last = blas && on_gpu(x);
+  const Tensor dx =
+      blas && !last ? packed(torch::stable::matmul(dy.tensor, weight)) : empty_of(x, need_x);
   const Tensor da = empty_of(adapters.a, need_a), db = empty_of(adapters.b, need_b);
   const Tensor kept = packed(h);
   const LoraBackward p{view.rows,
@@ -261,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
                        adapters.params,
                        adapters.dropout};
   if (need_x || need_a || need_b) launch(p, x);
+  if (last) add_product(dx, dy, weight);
   return {dx, da, db};
 }
 

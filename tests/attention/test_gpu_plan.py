@@ -45,9 +45,25 @@ def test_splits_depend_on_the_sequence_alone() -> None:
 
 
 def test_a_ragged_batch_has_room_for_both_kinds() -> None:
-    cut = plan(3, 8, 8, 1000, 4096, 64, packed=True)
-    assert cut["splits"] > 1
-    assert cut["blocks"] == 3 * 8 * max(-(-1000 // cut["tile_rows"]), cut["splits"])
+    """Whole tiles of all packed rows and one more for each sequence; splits of all packed keys."""
+    cut = plan(30, 8, 8, 1000, 4096, 64, packed_q=1500, packed_k=9000)
+    assert cut["splits"] == 4096 // cut["split_keys"]
+    tiles, splits = 1500 // cut["tile_rows"] + 30, 9000 // cut["split_keys"] + 30
+    assert cut["blocks"] == 8 * (tiles + splits)
+    short = plan(30, 8, 8, 1000, 500, 64, packed_q=1500, packed_k=1500)
+    assert short["splits"] == 1 and short["blocks"] == 8 * tiles
+    even = plan(3, 8, 8, 1000, 500, 64, packed_q=3000, packed_k=1500)
+    assert even["blocks"] == 3 * 8 * -(-1000 // even["tile_rows"])
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_form_follows_the_rows(dim: int) -> None:
+    half = [plan(1, 4, 1, rows, 4096, dim) for rows in (4, 5, 16, 17, 1024)]
+    wide = "narrow" if dim > 128 else "wide"
+    assert [cut["form"] for cut in half] == ["few", "narrow", "narrow", wide, wide]
+    assert len({cut["tile_keys"] for cut in half}) == 1  # so that a row's bits are the same in each
+    for options in ({"plain": False}, {"float32": True}):
+        assert plan(1, 4, 1, 1024, 4096, dim, **options)["form"] == "narrow"
 
 
 def test_nothing_to_do_needs_nothing() -> None:

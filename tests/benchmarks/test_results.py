@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from rich.console import Console
 
-from benchmarks import compare, markdown, page, plots, results, table
+from benchmarks import cells, compare, markdown, page, plots, results, table
 from benchmarks.__main__ import main
 from benchmarks.sampler import FLASHKERN
 
@@ -46,7 +46,7 @@ def test_rows_name_the_best_peer_and_the_limit(result_file):
     # 1e9 FLOPs at 2e11 a second take 5 ms, half of the 10 ms measured.
     assert first.share == pytest.approx(0.5) and first.limit[1] == "fma"
     assert run.noise == pytest.approx(0.02)
-    assert [table.verdict(r, run.noise) for r in run.operators[:3]] == ["faster", "tie", "slower"]
+    assert [cells.verdict(r, run.noise) for r in run.operators[:3]] == ["faster", "tie", "slower"]
     assert [len(run.operators), len(run.scaling), len(run.models)] == [5, 1, 1]
 
 
@@ -58,7 +58,7 @@ def test_report_shows_every_case(result_file, tmp_path):
     assert "2.00x" in text and "50% fma" in text and "0.80x" in text
     assert "similarity 0.5 = torch's" in text and "beamgrad: is not installed" in text
 
-    table.write_csv(run, tmp_path / "r.csv")
+    cells.write_csv(run, tmp_path / "r.csv")
     lines = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert len(lines) == sum(len(seconds) + 1 for seconds in CASES.values())
     assert float(lines[0]["median_s"]) == pytest.approx(0.010)

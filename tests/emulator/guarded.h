@@ -1,8 +1,11 @@
-// Test entry points are called by ctypes: an exception leaves as its text.
+// Test entry points are called by ctypes: an exception leaves as its text, and so does what a GPU
+// says of a kernel when it is done.
 #pragma once
 
 #include <exception>
 #include <string>
+
+#include "ptx/launch.h"
 
 namespace flashkern::emulator_test {
 
@@ -11,6 +14,7 @@ const char* guarded(F&& f) {
   static std::string text;
   try {
     f();
+    ptx::check(cudaDeviceSynchronize(), "kernel");
   } catch (const std::exception& error) {
     text = error.what();
     return text.c_str();

@@ -1,14 +1,20 @@
 // Attention forward with mma.sync, for sm_80 and newer: output = softmax(mask(Q K^T)) V and lse.
 //
-//   block   16 kWarps query rows of one KV head of one sequence: the heads of its group packed
-//           query by query, so that one read of a key serves them all. Warp w owns rows
-//           16 w .. 16 w + 15 against every key; warps meet only where tiles change hands
-//   keys    in tiles of kKeys, 64 to 16, those alone that some row of the block sees; where a
-//           sequence has few rows its keys are split among blocks and a second kernel merges
-//   memory  Q (up to 32 KiB) | K, V: two stages of up to 16 KiB each; at most 96 KiB. 16-byte
-//           chunks are swizzled, tails of rows and columns are zeros
-//   pipe    K(j + 1) is copied during Q K(j)^T and the softmax, V(j + 1) during P V(j); each copy
-//           is a cp.async group of its own, so that a wait is for the oldest but one
+//   block   query rows of one KV head of one sequence, the heads of its group packed query by
+//           query, so that one read of a key serves them all. A warp owns 16 rows, or two strips of
+//           16, against every key; warps meet only where tiles change hands. plan.h has the three
+//           forms: few (16 rows), narrow (64), wide (128)
+//   keys    in tiles of 16 KiB, those alone that some row of the block sees; where a sequence has
+//           few rows its keys are split among blocks and a second kernel merges
+//   memory  Q | K | V | what each row sees, its maximum and sum | the block's work: 73 KiB in the
+//           wide form at 128 columns, so that two blocks share a multiprocessor of sm_80, as its
+//           registers allow; at most 99 KiB in any form. 16-byte chunks are swizzled, tails of rows
+//           and columns are zeros
+//   pipe    one stage: V(j) is copied during Q K(j)^T, K(j + 1) during the softmax and P V(j). A
+//           product of 128 x 64 x 128 takes about as long as memory to answer, the other block
+//           fills what is left. few: two stages, K(j + 1) and V(j + 1) come during all of step j
+//   regs    wide at 128 columns: 128 for sums, 64 for scores, 63 for all else; so states of rows
+//           live in shared memory between tiles
 //   numbers float32 sums; P is rounded to V's type (float32: products of TF32 pairs, products.h);
 //           exp2 within 2 ulp; a row's sum is kept by four lanes and joined at the end
 //
@@ -18,188 +24,223 @@
 
 #include "attention/gpu.h"
 #include "attention/sm80/plan.h"
-#include "attention/sm80/products.h"
 #include "attention/sm80/results.h"
 #include "attention/sm80/scores.h"
+#include "attention/sm80/strips.h"
+#include "attention/sm80/work.h"
 #include "ptx/launch.h"
 
 namespace flashkern::attention::sm80 {
 
-template <class T, int kDim, int kWarps>
+template <class T, int kDim, Form kForm>
 struct Storage {
-  static constexpr int kKeys = tile_keys(kDim * sizeof(T));
+  static constexpr int kRowBytes = kDim * sizeof(T), kKeys = tile_keys(kRowBytes);
+  static constexpr int kStages = form_stages(kForm), kRows = form_rows(kForm, kRowBytes);
 
-  Tile<T, 16 * kWarps, kDim> queries;
-  Tile<T, kKeys, kDim> keys[2];
-  Tile<T, kKeys, kDim> values[2];
+  Tile<T, kRows, kDim> queries;
+  Tile<T, kKeys, kDim> keys[kStages];
+  Tile<T, kKeys, kDim> values[kStages];
+  Row rows[kRows];
+  RowState<float> states[kRows * 4];  // of each row, one for each of its four lanes
+  Work work;
 };
 
-// Which rows and keys a block has. Empty: nothing is its own.
-struct Work {
-  int batch, kv_head, split;
-  int row_begin, row_end;
-  int key_begin, key_end;
-  bool whole_output;  // not a part
-};
-
-// Within a head the last rows come first: under a causal mask they have the most keys.
-FK_DEVICE bool find_work(const ForwardParams& p, const ForwardPlan& plan, Sequence& s, Work& w) {
-  const int tile_rows = 16 * plan.warps;
-  const int64_t head = blockIdx.x / plan.blocks_per_head;
-  const int item = blockIdx.x % plan.blocks_per_head;
-  w.batch = static_cast<int>(head / p.kv_heads);
-  w.kv_head = static_cast<int>(head % p.kv_heads);
-  s = sequence_of(p, w.batch);
-  const SequenceCut cut(p.group() * s.q_length, s.k_length, tile_rows, plan.split_keys);
-  if (item >= cut.blocks()) return false;
-  w.split = item / cut.tiles;
-  w.row_begin = (cut.tiles - 1 - item % cut.tiles) * tile_rows;
-  w.row_end = min(w.row_begin + tile_rows, cut.rows);
-  w.whole_output = cut.splits == 1;
-  const int group = static_cast<int>(p.group());
-  const Interval keys = Band(p, s).some_keys(w.row_begin / group, (w.row_end - 1) / group + 1);
-  w.key_begin = static_cast<int>(keys.begin);
-  w.key_end = static_cast<int>(keys.end);
-  if (!w.whole_output) {
-    w.key_begin = max(w.key_begin, w.split * plan.split_keys);
-    w.key_end = min(w.key_end, (w.split + 1) * plan.split_keys);
-  }
-  return true;
-}
-
-template <class T, int kDim, int kWarps>
+template <class T, int kDim, Form kForm>
 class Block {
  public:
-  using Shared = Storage<T, kDim, kWarps>;
-  static constexpr int kKeys = Shared::kKeys;
-  using Multiply = Products<T, kDim, kKeys>;
+  using Shared = Storage<T, kDim, kForm>;
+  static constexpr int kKeys = Shared::kKeys, kStages = Shared::kStages;
+  static constexpr int kStrips = form_strips(kForm);
+  static constexpr int kThreads = 32 * form_warps(kForm, Shared::kRowBytes);
+  static constexpr bool kPlain = kForm == Form::kWide;
+  using Multiply = StripProducts<T, kDim, kKeys, kStrips>;
+  using KeyTile = Tile<T, kKeys, kDim>;
+  using Copy = TileCopy<kThreads, T, kKeys, kDim>;
 
-  FK_DEVICE Block(const ForwardParams& p, const Sequence& s, const Work& w, bool aligned)
+  FK_DEVICE Block(const ForwardParams& p, const ForwardPlan& plan, Shared& shared)
       : p_(p),
-        s_(s),
-        w_(w),
-        shared_(ptx::shared_storage<Shared>()),
-        keys_(p, p.key, s, w.kv_head),
-        values_(p, p.value, s, w.kv_head),
-        first_row_(static_cast<int>(ptx::warp_id()) * 16),
-        aligned_(aligned) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = w.row_begin + first_row_ + static_cast<int>(ptx::lane_id()) / 4 + 8 * r;
-      rows_[r] = make_row(p, s, w.kv_head, min(row, w.row_end - 1));
-    }
-  }
+        plan_(plan),
+        shared_(shared),
+        keys_(p, p.key, shared.work.sequence, shared.work.kv_head),
+        values_(p, p.value, shared.work.sequence, shared.work.kv_head),
+        key_copy_(keys_, begin(), static_cast<int>(p.head_dim)),
+        value_copy_(values_, begin(), static_cast<int>(p.value_dim)),
+        warp_row_(static_cast<int>(threadIdx.x / 32) * 16 * kStrips) {}
 
   FK_DEVICE void run() {
-    const int begin = w_.key_begin / kKeys * kKeys, end = w_.key_end;
-    if (begin < end) {
-      const QueryRows<T> queries(p_, p_.query, s_, w_.kv_head);
-      copy_tile(shared_.queries, queries, w_.row_begin, w_.row_end, dim(), aligned_);
-      copy_keys(begin, 0);
-      copy_values(begin, 0);
+    const Work& w = shared_.work;
+    const int end = w.key_end;
+    if (begin() < end) {
+      const QueryRows<T> queries(p_, p_.query, w.sequence, w.kv_head);
+      copy_tile(shared_.queries, queries, w.row_begin, w.row_end, dim(), plan_.aligned);
+      copy_keys(begin(), end, 0);
+      if (kStages == 2) copy_values(begin(), end, 0);
     }
+    make_rows();
     int stage = 0;
-    for (int first = begin; first < end; first += kKeys, stage ^= 1) step(first, end, stage);
+    for (int first = begin(); first < end; first += kKeys) {
+      step(first, end, stage);
+      stage ^= kStages - 1;
+    }
     ptx::copy_wait_all();
   }
 
-  FK_DEVICE void write(const ForwardPlan& plan) {
+  FK_DEVICE void write() {
+    const Work& w = shared_.work;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      Row& row = rows_[r];
-      row.state.sum = row_sum(row.state.sum);
-      const int index = w_.row_begin + first_row_ + static_cast<int>(ptx::lane_id()) / 4 + 8 * r;
-      if (index >= w_.row_end) continue;
-      if (w_.whole_output) {
-        write_output<T, kDim>(p_, s_, row, out_, r);
-      } else {
-        write_part<kDim>(p_, part_of(p_, plan, w_.batch, w_.kv_head, w_.split, index), row, out_,
-                         r);
+    for (int m = 0; m < kStrips; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        RowState<float> whole = state(m, r);
+        whole.sum = row_sum(whole.sum);
+        const int own = warp_row_ + 16 * m + 8 * r + static_cast<int>(ptx::lane_id()) / 4;
+        const int index = w.row_begin + own;
+        if (index >= w.row_end) continue;
+        if (w.whole_output) {
+          write_output<T>(p_, w.sequence, shared_.rows[own], whole, sums_[m], r);
+        } else {
+          const int batch = static_cast<int>(w.sequence.batch);
+          write_part(p_, part_of(p_, plan_, batch, w.kv_head, w.split, index), whole, sums_[m], r);
+        }
       }
     }
   }
 
  private:
+  FK_DEVICE int begin() const { return shared_.work.key_begin / kKeys * kKeys; }
   FK_DEVICE int dim() const { return static_cast<int>(p_.head_dim); }
   FK_DEVICE int value_dim() const { return static_cast<int>(p_.value_dim); }
 
-  FK_DEVICE void copy_keys(int first, int stage) {
-    copy_tile(shared_.keys[stage], keys_, first, w_.key_end, dim(), aligned_);
-    ptx::copy_commit();
+  // The lane's own of row r (0: g, 1: g + 8) of a strip.
+  FK_DEVICE RowState<float>& state(int m, int r) {
+    return shared_.states[(2 * m + r) * kThreads + static_cast<int>(threadIdx.x)];
   }
-  FK_DEVICE void copy_values(int first, int stage) {
-    copy_tile(shared_.values[stage], values_, first, w_.key_end, value_dim(), aligned_);
+
+  // What the rows see. Those past the last do as the last.
+  FK_DEVICE void make_rows() {
+    const Work& w = shared_.work;
+    for (int i = static_cast<int>(threadIdx.x); i < Shared::kRows; i += kThreads) {
+      shared_.rows[i] = make_row(p_, w.sequence, w.kv_head, min(w.row_begin + i, w.row_end - 1));
+    }
+    for (int i = 0; i < 2 * kStrips; ++i) state(i / 2, i % 2) = {};
+    __syncthreads();
+  }
+
+  FK_DEVICE void copy_keys(int first, int end, int stage) {
+    copy(shared_.keys[stage], key_copy_, keys_, first, end, dim());
+  }
+  FK_DEVICE void copy_values(int first, int end, int stage) {
+    copy(shared_.values[stage], value_copy_, values_, first, end, value_dim());
+  }
+  FK_DEVICE void copy(KeyTile& tile, Copy& fast, const KeyRows<T>& keys, int first, int end,
+                      int columns) {
+    if (kPlain || (plan_.aligned && keys.pages == nullptr)) {
+      fast(tile, first, end);
+    } else {
+      copy_tile(tile, keys, first, end, columns, plan_.aligned);
+    }
     ptx::copy_commit();
   }
 
   FK_DEVICE void step(int first, int end, int stage) {
-    float scores[kKeys / 8][4] = {};
-    ptx::copy_wait<1>();
-    __syncthreads();  // K(j) is here; nobody reads K(j - 1) any more
-    copy_keys(first + kKeys, stage ^ 1);
-    Multiply::scores(scores, shared_.queries, first_row_, shared_.keys[stage], dim());
+    typename Multiply::Scores scores = {};
+    ptx::copy_wait<kStages - 1>();
+    __syncthreads();  // K(j) is here; nobody reads V(j - 1) any more, nor K(j - 1)
+    if constexpr (kStages == 1) {
+      copy_values(first, end, 0);
+    } else {
+      copy_keys(first + kKeys, end, stage ^ 1);
+    }
+    Multiply::scores(scores, shared_.queries, warp_row_, shared_.keys[stage], dim());
 
-    const bool whole = first >= rows_[0].first_key && first >= rows_[1].first_key &&
-                       first + kKeys <= rows_[0].end_key && first + kKeys <= rows_[1].end_key &&
-                       first >= w_.key_begin && first + kKeys <= end;
-    modify<T>(scores, rows_, first, p_, static_cast<int>(s_.offset), whole);
-    float factor[2];
-    online_softmax(scores, rows_, factor);
-    rescale(factor);
-    if (p_.dropout_p > 0) drop(scores, rows_, first, p_, w_.batch);
-
-    ptx::copy_wait<1>();
-    __syncthreads();  // V(j) is here; nobody reads V(j - 1) any more
-    copy_values(first + kKeys, stage ^ 1);
-    Multiply::output(out_, scores, shared_.values[stage], value_dim());
+    if constexpr (kStages == 1) {
+      ptx::copy_wait<0>();
+      __syncthreads();  // V(j) is here; nobody reads K(j) any more
+      copy_keys(first + kKeys, end, 0);
+      soften(scores, first);
+    } else {
+      soften(scores, first);
+      ptx::copy_wait<1>();
+      __syncthreads();  // V(j) is here; nobody reads V(j - 1) any more
+      copy_values(first + kKeys, end, stage ^ 1);
+    }
+    Multiply::output(sums_, scores, shared_.values[stage], value_dim());
   }
 
-  FK_DEVICE void rescale(const float (&factor)[2]) {
-    if (factor[0] == 1.0f && factor[1] == 1.0f) return;
+  // From products of queries and keys to probabilities.
+  FK_DEVICE void soften(typename Multiply::Scores& scores, int first) {
+    const Row* own = &shared_.rows[warp_row_];  // the first sees the least on the right
+    const bool whole = first >= own[16 * kStrips - 1].first_key && first + kKeys <= own->end_key;
 #pragma unroll
-    for (auto& strip : out_) {
-#pragma unroll
-      for (auto& four : strip) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) four[i] *= factor[i / 2];
+    for (int m = 0; m < kStrips; ++m) {
+      const Row* rows = &shared_.rows[warp_row_ + 16 * m + static_cast<int>(ptx::lane_id()) / 4];
+      if (!kPlain && !plan_.plain) {
+        modify<T>(scores[m], rows, first, p_, static_cast<int>(shared_.work.sequence.offset));
+      }
+      if (!whole) mask(scores[m], rows, first);
+      float factor[2];
+      RowState<float> states[2] = {state(m, 0), state(m, 1)};
+      online_softmax(scores[m], states, plan_.scale, factor);
+      state(m, 0) = states[0], state(m, 1) = states[1];
+      rescale(sums_[m], factor);
+      if (!kPlain && p_.dropout_p > 0) {
+        drop(scores[m], rows, first, p_, static_cast<int>(shared_.work.sequence.batch));
       }
     }
   }
 
+  // Maxima seldom rise once some tiles are done.
+  template <int N>
+  FK_DEVICE static void rescale(float (&sums)[N][4], const float (&factor)[2]) {
+    if (!__any_sync(ptx::kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) return;
+#pragma unroll
+    for (auto& four : sums) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] *= factor[i / 2];
+    }
+  }
+
   const ForwardParams& p_;
-  const Sequence& s_;
-  const Work& w_;
+  const ForwardPlan& plan_;
   Shared& shared_;
   KeyRows<T> keys_, values_;
-  int first_row_;
-  bool aligned_;
-  Row rows_[2];
-  Out<kDim> out_ = {};
+  Copy key_copy_, value_copy_;
+  int warp_row_;
+  typename Multiply::Sums sums_ = {};
 };
 
-// One block at least: left to itself, ptxas spills to fit more of them.
-template <class T, int kDim, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1)
-    forward(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan,
-            const bool aligned) {
-  Sequence s;
-  Work w;
-  if (!find_work(p, plan, s, w)) return;
-  Block<T, kDim, kWarps> block(p, s, w, aligned);
+template <class T, int kDim, Form kForm>
+__global__ void __launch_bounds__(Block<T, kDim, kForm>::kThreads, kForm == Form::kFew ? 1 : 2)
+    forward(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan) {
+  using Shared = Storage<T, kDim, kForm>;
+  static_assert(sizeof(Shared) <= forward_shared_bytes(kForm, Shared::kRowBytes));
+  auto& shared = ptx::shared_storage<Shared>();
+  if (ptx::warp_id() == 0) {
+    const Work work = find_work<Shared::kRows, split_keys(kDim)>(p, plan);
+    if (ptx::lane_id() == 0) shared.work = work;
+  }
+  __syncthreads();
+  if (shared.work.row_end == 0) return;
+  Block<T, kDim, kForm> block(p, plan, shared);
   block.run();
-  block.write(plan);
+  block.write();
+}
+
+template <class T, int kDim, Form kForm>
+void launch_form(const ForwardParams& p, const ForwardPlan& plan, GpuStream stream) {
+  ptx::launch(forward<T, kDim, kForm>,
+              {static_cast<unsigned>(plan.blocks), static_cast<unsigned>(32 * plan.warps),
+               static_cast<size_t>(plan.shared_bytes)},
+              stream, p, plan);
 }
 
 template <class T, int kDim>
 void launch_forward(const ForwardParams& p, const ForwardPlan& plan, GpuStream stream) {
-  constexpr int kMost = most_warps(kDim * sizeof(T));
-  const bool aligned = rows_aligned(p.query, sizeof(T)) && rows_aligned(p.key, sizeof(T)) &&
-                       rows_aligned(p.value, sizeof(T));
-  const ptx::LaunchShape shape{static_cast<unsigned>(plan.blocks),
-                               static_cast<unsigned>(32 * plan.warps),
-                               static_cast<size_t>(plan.shared_bytes)};
-  ptx::launch(plan.warps == 1 ? forward<T, kDim, 1> : forward<T, kDim, kMost>, shape, stream, p,
-              plan, aligned);
+  if (plan.form == Form::kFew) launch_form<T, kDim, Form::kFew>(p, plan, stream);
+  if (plan.form == Form::kNarrow) launch_form<T, kDim, Form::kNarrow>(p, plan, stream);
+  if constexpr (has_wide(kDim, sizeof(T))) {
+    if (plan.form == Form::kWide) launch_form<T, kDim, Form::kWide>(p, plan, stream);
+  }
   if (plan.splits == 1) return;
   const int64_t rows = p.batch * p.kv_heads * plan.split_rows;
   ptx::launch(merge<T>, {static_cast<unsigned>((rows + 3) / 4), 128}, stream, p, plan);

@@ -1,43 +1,65 @@
-// How the sm_80 forward kernel cuts a call: its tile and shared memory, its blocks, and its splits
-// of the keys. Plain host arithmetic of the shape: never of the GPU's size, nor of the lengths that
-// lie in device memory, so that a graph can capture the launch; and what happens to a row depends
-// on its own sequence alone, so that its bits do too.
+// How the sm_80 forward kernel cuts a call: its form and tiles, its shared memory, its blocks, and
+// its splits of the keys. Plain host arithmetic of the shape: never of the GPU's size, nor of the
+// lengths that lie in device memory, so that a graph can capture the launch; and what happens to a
+// row depends on its own sequence alone, so that its bits do too.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "attention/params.h"
+#include "attention/softmax.h"
 #include "types.h"
 
 namespace flashkern::attention::sm80 {
 
-// A tile of keys or of values takes at most 16 KiB, four of them (two stages each) 64 KiB; queries
-// at most 32 KiB. That fits every GPU since sm_80, the 99 KiB of sm_86 and sm_89 too.
-inline constexpr int kTileBytes = 16 * 1024;
-
+// Keys of a tile: 16 KiB of keys, and as much of values, but for short rows. The same in every form
+// of the kernel, so that a row has the same bits in each of them.
 FK_HOST_DEVICE constexpr int tile_keys(int row_bytes) {
   return row_bytes > 512 ? 16 : row_bytes > 256 ? 32 : 64;
 }
+
+// Of the backward pass.
 FK_HOST_DEVICE constexpr int most_warps(int row_bytes) { return row_bytes > 512 ? 2 : 4; }
+
+// The three forms of the kernel: a block is kWarps warps of 16 kStrips query rows.
+//
+//   few      1 warp,  16 rows    two stages of keys and values: bytes in flight are all that counts
+//   narrow   4 warps, 64 rows    one stage (float32 beyond 128 columns: 2 warps, 32 rows)
+//   wide     4 warps, 128 rows   one stage; two strips share each key that is read from shared
+//                                memory. Plain attention of half precision up to 128 columns:
+//                                accumulators of 128 columns leave no room for more
+//
+// few and narrow take every option.
+enum class Form { kFew, kNarrow, kWide };
+
+FK_HOST_DEVICE constexpr int form_warps(Form form, int row_bytes) {
+  return form == Form::kFew ? 1 : row_bytes > 512 ? 2 : 4;
+}
+FK_HOST_DEVICE constexpr bool has_wide(int dim, int element_bytes) {
+  return element_bytes == 2 && dim <= 128;
+}
+FK_HOST_DEVICE constexpr int form_strips(Form form) { return form == Form::kWide ? 2 : 1; }
+FK_HOST_DEVICE constexpr int form_stages(Form form) { return form == Form::kFew ? 2 : 1; }
+FK_HOST_DEVICE constexpr int form_rows(Form form, int row_bytes) {
+  return 16 * form_strips(form) * form_warps(form, row_bytes);
+}
 
 // Sequences of up to so many query rows (a KV head's heads times their queries) have their keys
 // split: there are too few rows to fill a machine.
 inline constexpr int kSplitRows = 64;
 
-// Keys of one split: a multiple of every tile_keys.
+// Keys of one split: a multiple of every tile.
 FK_HOST_DEVICE constexpr int split_keys(int dim) { return dim > 128 ? 256 : 512; }
 
-// How one sequence uses the blocks of its KV heads.
+// How one sequence uses the blocks of a KV head.
 struct SequenceCut {
-  int rows, tiles, splits;
+  int rows, tiles, splits = 1;
 
   FK_HOST_DEVICE SequenceCut(int64_t rows, int64_t keys, int tile_rows, int split_keys)
-      : rows(static_cast<int>(rows)),
-        tiles(static_cast<int>((rows + tile_rows - 1) / tile_rows)),
-        splits(1) {
+      : rows(static_cast<int>(rows)), tiles((static_cast<int>(rows) + tile_rows - 1) / tile_rows) {
     if (rows <= kSplitRows && keys > split_keys) {
-      splits = static_cast<int>((keys + split_keys - 1) / split_keys);
+      splits = (static_cast<int>(keys) + split_keys - 1) / split_keys;
     }
   }
 
@@ -45,11 +67,16 @@ struct SequenceCut {
 };
 
 struct ForwardPlan {
-  int dim = 0;    // the bucket of head_dim and value_dim: 32, 64, 128 or 256
-  int warps = 0;  // 16 query rows each
-  int tile_keys = 0;
+  Form form = Form::kFew;
+  bool plain = false;    // scores take a positive scale and a band, nothing else
+  float scale = 1;       // what makes logits of scores, once options have had their way
+  bool aligned = false;  // rows start at multiples of 16 bytes
+  int dim = 0;           // the bucket of head_dim and value_dim: 32, 64, 128 or 256
+  int warps = 0;
+  int tile_rows = 0, tile_keys = 0;
   int shared_bytes = 0;
-  int blocks_per_head = 0;
+  int most_blocks = 0;      // of any sequence, for one KV head
+  int blocks_per_head = 0;  // of a sequence for one KV head; of a ragged batch, all its sequences
   int64_t blocks = 0;
   int split_keys = 0;
   int splits = 1;      // at most, of any sequence
@@ -57,25 +84,74 @@ struct ForwardPlan {
   int64_t workspace_floats = 0;
 };
 
+// What a block keeps beside its tiles: its work and, of each row, what scores ask of it.
+inline constexpr int kWorkBytes = 128, kRowBytes = 64;
+
+FK_HOST_DEVICE constexpr int forward_shared_bytes(Form form, int row_bytes) {
+  const int rows = form_rows(form, row_bytes);
+  return row_bytes * (rows + 2 * form_stages(form) * tile_keys(row_bytes)) + kWorkBytes +
+         rows * kRowBytes;
+}
+
+// Whether softmax(scale Q K^T) V within a band, and perhaps with sinks, is all that is asked.
+inline bool plain_scores(const Problem& p) {
+  return p.softcap == 0 && p.alibi_slopes == nullptr && p.bias.kind == BiasKind::kNone &&
+         p.dropout_p == 0 && static_cast<float>(p.scale) >= 1e-30f;
+}
+
+// Whether every row starts at a multiple of 16 bytes.
+inline bool rows_aligned(const Matrix& m, int64_t element) {
+  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
+          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
+             16 ==
+         0;
+}
+
+inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_bytes) {
+  const int64_t rows = p.group() * p.seq_q;
+  if (rows <= 16) return Form::kFew;
+  const bool wide = rows > 64 && has_wide(plan.dim, element_bytes) && plan.plain && plan.aligned &&
+                    p.page_table == nullptr;
+  return wide ? Form::kWide : Form::kNarrow;
+}
+
+// Blocks of one KV head. A ragged batch gets room for all that its packed rows can need: so many
+// whole tiles and one more for each sequence; and the splits of those sequences that have few rows.
+// work.h says which block does what.
+inline int count_blocks(const Problem& p, ForwardPlan& plan) {
+  const int64_t rows = p.group() * p.seq_q;
+  const SequenceCut whole(rows, p.seq_k, plan.tile_rows, plan.split_keys);
+  if (p.cu_seqlens_q == nullptr) {
+    plan.splits = whole.splits;
+    return plan.most_blocks = whole.blocks();
+  }
+  const SequenceCut few(plan.split_rows, p.seq_k, plan.tile_rows, plan.split_keys);
+  plan.splits = few.splits;
+  plan.most_blocks = std::max(whole.tiles, few.blocks());
+  int64_t blocks = p.group() * p.packed_q / plan.tile_rows + p.batch;
+  if (few.splits > 1) blocks += few.tiles * (p.packed_k / plan.split_keys + p.batch);
+  return static_cast<int>(std::min(blocks, p.batch * plan.most_blocks));
+}
+
 inline ForwardPlan plan_forward(const Problem& p) {
   ForwardPlan plan;
   const int64_t dim = std::max(p.head_dim, p.value_dim);
+  plan.plain = plain_scores(p);
+  if (plan.plain) plan.scale = static_cast<float>(p.scale * kLog2e);
   plan.dim = dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
-  const int row_bytes = plan.dim * (p.dtype == DType::kFloat32 ? 4 : 2);
-  const int64_t rows = p.group() * p.seq_q;
-  plan.warps = rows <= 16 ? 1 : most_warps(row_bytes);
+  const int element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int row_bytes = plan.dim * element_bytes;
+  plan.aligned = rows_aligned(p.query, element_bytes) && rows_aligned(p.key, element_bytes) &&
+                 rows_aligned(p.value, element_bytes);
+  plan.form = choose_form(p, plan, element_bytes);
+  plan.warps = form_warps(plan.form, row_bytes);
+  plan.tile_rows = form_rows(plan.form, row_bytes);
   plan.tile_keys = tile_keys(row_bytes);
-  plan.shared_bytes = row_bytes * (16 * plan.warps + 4 * plan.tile_keys);
+  plan.shared_bytes = forward_shared_bytes(plan.form, row_bytes);
   plan.split_keys = split_keys(plan.dim);
-
-  const int tile_rows = 16 * plan.warps;
-  plan.split_rows = static_cast<int>(std::min<int64_t>(rows, kSplitRows));
-  const SequenceCut whole(rows, p.seq_k, tile_rows, plan.split_keys);
-  const SequenceCut split(plan.split_rows, p.seq_k, tile_rows, plan.split_keys);
-  const bool ragged = p.cu_seqlens_q != nullptr;  // some sequence may have few rows
-  plan.splits = ragged ? split.splits : whole.splits;
-  plan.blocks_per_head = ragged ? std::max(whole.tiles, split.blocks()) : whole.blocks();
-  plan.blocks = p.batch * p.kv_heads * plan.blocks_per_head;
+  plan.split_rows = static_cast<int>(std::min<int64_t>(p.group() * p.seq_q, kSplitRows));
+  plan.blocks_per_head = count_blocks(p, plan);
+  plan.blocks = p.kv_heads * plan.blocks_per_head * (p.cu_seqlens_q == nullptr ? p.batch : 1);
   if (plan.splits > 1) {
     plan.workspace_floats =
         p.batch * p.kv_heads * plan.splits * plan.split_rows * (p.value_dim + 2);

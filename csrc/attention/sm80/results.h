@@ -40,7 +40,16 @@ FK_DEVICE void store_pair(T* to, float x, float y) {
   }
 }
 
-// The lane's columns of row r (0: g, 1: g + 8), each pair through store(column, x, y).
+// The lane's columns of row r (0: g, 1: g + 8) of a strip, each pair through store(column, x, y).
+template <int N, class Store>
+FK_DEVICE void for_each_pair(const float (&sums)[N][4], int r, int value_dim, Store&& store) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int column = 8 * j + static_cast<int>(ptx::lane_id()) % 4 * 2;
+    if (column < value_dim) store(column, sums[j][2 * r], sums[j][2 * r + 1]);
+  }
+}
+
 template <int kDim, class Store>
 FK_DEVICE void for_each_pair(const Out<kDim>& out, int r, int value_dim, Store&& store) {
   constexpr int kStrip = strip_columns(kDim);
@@ -59,24 +68,24 @@ FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, int ba
   return p.workspace + ((head * plan.splits + split) * plan.split_rows + row) * (p.value_dim + 2);
 }
 
-template <class T, int kDim>
+template <class T, int N>
 FK_DEVICE void write_output(const ForwardParams& p, const Sequence& s, const Row& row,
-                            const Out<kDim>& out, int r) {
-  const float factor = finish(p, s, row.query, row.head, row.state, ptx::lane_id() % 4 == 0);
+                            const RowState<float>& state, const float (&sums)[N][4], int r) {
+  const float factor = finish(p, s, row.query, row.head, state, ptx::lane_id() % 4 == 0);
   const bool nothing = factor == 0;  // and the sums may be NaN for all that
   T* to = output_row<T>(p, s, row.query, row.head);
-  for_each_pair<kDim>(out, r, static_cast<int>(p.value_dim), [&](int column, float x, float y) {
+  for_each_pair(sums, r, static_cast<int>(p.value_dim), [&](int column, float x, float y) {
     store_pair(to + column, nothing ? 0.0f : x * factor, nothing ? 0.0f : y * factor);
   });
 }
 
-template <int kDim>
-FK_DEVICE void write_part(const ForwardParams& p, float* part, const Row& row, const Out<kDim>& out,
-                          int r) {
-  for_each_pair<kDim>(out, r, static_cast<int>(p.value_dim),
-                      [&](int column, float x, float y) { store_pair(part + column, x, y); });
+template <int N>
+FK_DEVICE void write_part(const ForwardParams& p, float* part, const RowState<float>& state,
+                          const float (&sums)[N][4], int r) {
+  for_each_pair(sums, r, static_cast<int>(p.value_dim),
+                [&](int column, float x, float y) { store_pair(part + column, x, y); });
   if (ptx::lane_id() % 4 != 0) return;
-  store_pair(part + p.value_dim, row.state.maximum, row.state.sum);
+  store_pair(part + p.value_dim, state.maximum, state.sum);
 }
 
 // One warp for each row of the workspace. Sequences whose keys were not split are done already.
@@ -89,7 +98,7 @@ __global__ void __launch_bounds__(128) merge(const ForwardParams p, const Forwar
   const int batch = static_cast<int>(head_index / p.kv_heads);
   if (batch >= p.batch) return;
   const Sequence s = sequence_of(p, batch);
-  const SequenceCut cut(p.group() * s.q_length, s.k_length, 16 * plan.warps, plan.split_keys);
+  const SequenceCut cut(p.group() * s.q_length, s.k_length, plan.tile_rows, plan.split_keys);
   if (row >= cut.rows || cut.splits == 1) return;
 
   RowState<float> state;

@@ -1,9 +1,10 @@
 // What happens to the scores of a warp between the two products: scale, softcap, ALiBi, bias,
-// masks, the online softmax, dropout. Scores are in units of log2, as in csrc/attention/softmax.h.
+// masks, the online softmax, dropout. Logits are in units of log2, as in csrc/attention/softmax.h.
 //
-// A lane has two rows, g and g + 8 of the warp's 16, and of each 8 keys the pair 2t, 2t + 1
-// (products.h). Each step is a pass of its own over registers; plain attention takes the first
-// and the last alone.
+// A lane has two rows of each strip, g and g + 8 of its 16, and of each 8 keys the pair 2t, 2t + 1
+// (strips.h). Each step is a pass of its own over registers. Plain attention takes the softmax
+// alone, which multiplies by the scale as it subtracts the maximum, and the mask where a tile is
+// cut by it.
 #pragma once
 
 #include "attention/mask.h"
@@ -13,13 +14,12 @@
 
 namespace flashkern::attention::sm80 {
 
-// One query row as a lane sees it.
+// One query row. The forward pass keeps those of a block in shared memory: registers are for sums.
 struct Row {
   int query = 0, head = 0;
   int first_key = 0, end_key = 0;
-  float slope = 0;        // of ALiBi, in units of log2
-  int64_t bias = 0;       // where the row's bias starts
-  RowState<float> state;  // its sum is of this lane's keys alone until finish
+  float slope = 0;   // of ALiBi, in units of log2
+  int64_t bias = 0;  // where the row's bias starts
 };
 
 FK_DEVICE Row make_row(const Problem& p, const Sequence& s, int kv_head, int r) {
@@ -38,14 +38,19 @@ FK_DEVICE Row make_row(const Problem& p, const Sequence& s, int kv_head, int r) 
   return row;
 }
 
-// Calls fn(score, row, key) for every score of the lane. `first` is the tile's first key.
+// Calls fn(score, row, key) for every score of the lane in a strip. `rows`: the lane's own two lie
+// 8 apart from there on. `first`: the tile's first key.
 template <int N, class Fn>
-FK_DEVICE void for_each_score(float (&s)[N][4], Row (&rows)[2], int first, Fn&& fn) {
-  const int pair = first + ptx::lane_id() % 4 * 2;
+FK_DEVICE void for_each_score(float (&s)[N][4], const Row* rows, int first, Fn&& fn) {
+  const int pair = first + static_cast<int>(ptx::lane_id()) % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int r = 0; r < 2; ++r) {
+    const Row& row = rows[8 * r];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fn(s[j][i], rows[i / 2], pair + 8 * j + i % 2);
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) fn(s[j][2 * r + i], row, pair + 8 * j + i);
+    }
   }
 }
 
@@ -61,32 +66,44 @@ FK_DEVICE float bias_element(const Bias& bias, int64_t at) {
   }
 }
 
-// From products of queries and keys to masked logits. `whole`: every row sees every key of the
-// tile.
+// From products of queries and keys to logits, all but the mask.
 template <class T, int N>
-FK_DEVICE void modify(float (&s)[N][4], Row (&rows)[2], int first, const Problem& p, int offset,
-                      bool whole) {
+FK_DEVICE void modify(float (&s)[N][4], const Row* rows, int first, const Problem& p, int offset) {
   const bool capped = p.softcap > 0;
   const float scale = static_cast<float>(capped ? p.scale / p.softcap : p.scale * kLog2e);
-  for_each_score(s, rows, first, [&](float& x, Row&, int) { x *= scale; });
+  for_each_score(s, rows, first, [&](float& x, const Row&, int) { x *= scale; });
   if (capped) {
     const float cap = static_cast<float>(p.softcap * kLog2e);
-    for_each_score(s, rows, first, [&](float& x, Row&, int) { x = tanhf(x) * cap; });
+    for_each_score(s, rows, first, [&](float& x, const Row&, int) { x = tanhf(x) * cap; });
   }
   if (p.alibi_slopes != nullptr) {
-    for_each_score(s, rows, first, [&](float& x, Row& row, int key) {
+    for_each_score(s, rows, first, [&](float& x, const Row& row, int key) {
       x -= row.slope * fabsf(static_cast<float>(row.query + offset - key));
     });
   }
   if (p.bias.kind != BiasKind::kNone) {
-    for_each_score(s, rows, first, [&](float& x, Row& row, int key) {
+    for_each_score(s, rows, first, [&](float& x, const Row& row, int key) {
       if (key < row.end_key) x += bias_element<T>(p.bias, row.bias + key * p.bias.column);
     });
   }
-  if (whole) return;
-  for_each_score(s, rows, first, [&](float& x, Row& row, int key) {
-    if (key < row.first_key || key >= row.end_key) x = -INFINITY;
-  });
+}
+
+// For a tile that some row does not see whole.
+template <int N>
+FK_DEVICE void mask(float (&s)[N][4], const Row* rows, int first) {
+  const int pair = first + static_cast<int>(ptx::lane_id()) % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int begin = rows[8 * r].first_key - pair, end = rows[8 * r].end_key - pair;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool seen = (8 * j + i >= begin) & (8 * j + i < end);
+        s[j][2 * r + i] = seen ? s[j][2 * r + i] : -INFINITY;
+      }
+    }
+  }
 }
 
 // Over the four lanes that share a row.
@@ -99,17 +116,19 @@ FK_DEVICE float row_sum(float x) {
   return x + __shfl_xor_sync(ptx::kAllLanes, x, 2);
 }
 
-// Scores become probabilities, up to the sum that is not known yet. factor[i]: for what row i has
-// accumulated.
+// Scores become probabilities, up to the sum that is not known yet. `scale`: what makes logits of
+// them. states[i] and factor[i] are of row i, the factor for what it has accumulated. A lane's sums
+// are of its own keys until the end.
 template <int N>
-FK_DEVICE void online_softmax(float (&s)[N][4], Row (&rows)[2], float (&factor)[2]) {
+FK_DEVICE void online_softmax(float (&s)[N][4], RowState<float> (&states)[2], float scale,
+                              float (&factor)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    RowState<float>& state = rows[r].state;
-    float maximum = -INFINITY;
+    RowState<float>& state = states[r];
+    float maximum = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
 #pragma unroll
-    for (int j = 0; j < N; ++j) maximum = fmaxf(maximum, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-    maximum = fmaxf(state.maximum, row_max(maximum));
+    for (int j = 1; j < N; ++j) maximum = fmaxf(maximum, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+    maximum = fmaxf(state.maximum, row_max(maximum) * scale);
     const float base = exponent_base(maximum);
     factor[r] = ptx::fast_exp2(state.maximum - base);
     state.maximum = maximum;
@@ -118,7 +137,7 @@ FK_DEVICE void online_softmax(float (&s)[N][4], Row (&rows)[2], float (&factor)[
     for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        s[j][i] = ptx::fast_exp2(s[j][i] - base);
+        s[j][i] = ptx::fast_exp2(fmaf(s[j][i], scale, -base));
         state.sum += s[j][i];
       }
     }
@@ -127,26 +146,34 @@ FK_DEVICE void online_softmax(float (&s)[N][4], Row (&rows)[2], float (&factor)[
 
 // Whether dropout keeps the probability of (query, head, key). Four keys share a counter.
 FK_DEVICE bool kept(const Problem& p, uint64_t threshold, int batch, int head, int query, int key) {
-  const Philox4 words = philox(p.seed, static_cast<uint32_t>(key / 4), query, head, batch);
+  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(key / 4), query, head, batch);
   const uint32_t low = key % 2 ? words.word[1] : words.word[0];
   const uint32_t high = key % 2 ? words.word[3] : words.word[2];
   return (key % 4 < 2 ? low : high) >= threshold;
 }
 
+// The same of `key`, which is even, and of its neighbour: two bits.
+FK_DEVICE uint32_t kept_pair(const Problem& p, uint64_t threshold, int batch, const Row& row,
+                             int key) {
+  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(key / 4), row.query, row.head, batch);
+  const bool upper = key % 4 == 2;
+  const uint32_t first = upper ? words.word[2] : words.word[0];
+  const uint32_t second = upper ? words.word[3] : words.word[1];
+  return static_cast<uint32_t>(first >= threshold) | static_cast<uint32_t>(second >= threshold)
+                                                         << 1;
+}
+
 // Zeros what dropout removes; 1 / (1 - p) waits for the end. The random numbers are drawn in a loop
 // of its own that stays rolled up, into a bit for each score: they would crowd out the sums.
 template <int N>
-FK_DEVICE void drop(float (&s)[N][4], const Row (&rows)[2], int first, const Problem& p,
-                    int batch) {
+FK_DEVICE void drop(float (&s)[N][4], const Row* rows, int first, const Problem& p, int batch) {
   const uint64_t threshold = dropout_threshold(p.dropout_p);
-  const int pair = first + ptx::lane_id() % 4 * 2;
-  uint32_t mask = 0;
+  const int pair = first + static_cast<int>(ptx::lane_id()) % 4 * 2;
+  uint64_t mask = 0;
 #pragma unroll 1
-  for (int i = 0; i < 4 * N; ++i) {
-    const int query = i & 2 ? rows[1].query : rows[0].query;
-    const int head = i & 2 ? rows[1].head : rows[0].head;
-    const bool keep = kept(p, threshold, batch, head, query, pair + i / 4 * 8 + i % 2);
-    mask |= static_cast<uint32_t>(keep) << i;
+  for (int i = 0; i < 2 * N; ++i) {
+    const uint64_t bits = kept_pair(p, threshold, batch, rows[i % 2 * 8], pair + i / 2 * 8);
+    mask |= bits << 2 * i;
   }
 #pragma unroll
   for (int i = 0; i < 4 * N; ++i) {

@@ -12,21 +12,42 @@ namespace flashkern::attention::sm80 {
 // kRows rows of kDim elements, in chunks of 16 bytes. Chunks turn with the row, so that neither the
 // 8 rows of an ldmatrix nor a column of chunks meet the same banks.
 template <class T, int kRows, int kDim>
-struct Tile {
+struct alignas(128) Tile {
   static constexpr int kChunkElements = 16 / sizeof(T);
   static constexpr int kChunks = kDim / kChunkElements;
 
   T data[kRows * kDim];
 
+  FK_DEVICE static constexpr int turn(int row) { return kChunks >= 8 ? row & 7 : row >> 1 & 3; }
   FK_DEVICE static int at(int row, int chunk) {
-    const int turn = kChunks >= 8 ? row % 8 : row / 2 % 4;
-    return row * kDim + (chunk ^ turn) * kChunkElements;
+    return row * kDim + (chunk ^ turn(row)) * kChunkElements;
   }
   FK_DEVICE T* chunk(int row, int chunk) { return data + at(row, chunk); }
   FK_DEVICE const T* chunk(int row, int chunk) const { return data + at(row, chunk); }
   FK_DEVICE float element(int row, int column) const {
     return ptx::to_float(data[at(row, column / kChunkElements) + column % kChunkElements]);
   }
+};
+
+// What a lane passes to ldmatrix for the 16 x 16 blocks of a tile: block (r, c) starts at row 16 r
+// and at chunk 2 c. `row` and `chunk` (0 or 1) are the lane's own within a block. Where a block
+// lies changes the address by a constant that is added, and by one that turns the chunk.
+template <class T, int kRows, int kDim>
+class Blocks {
+ public:
+  using Shape = Tile<T, kRows, kDim>;
+
+  FK_DEVICE Blocks(const Shape& tile, int row, int chunk)
+      : own_(ptx::shared_address(tile.chunk(row, chunk))) {}
+
+  FK_DEVICE uint32_t operator()(int r, int c) const {
+    constexpr int kTurned = Shape::kChunks < 8 ? Shape::kChunks : 8;
+    const int turned = 2 * c % kTurned, whole = 2 * c - turned;
+    return (own_ ^ 16u * turned) + r * 16 * kDim * sizeof(T) + 16 * whole;
+  }
+
+ private:
+  uint32_t own_;
 };
 
 // The keys (or values) of one KV head, contiguous or in pages.
@@ -95,12 +116,48 @@ FK_DEVICE void copy_tile(Tile<T, kRows, kDim>& tile, const Rows& rows, int first
   }
 }
 
-// Whether every row starts at a multiple of 16 bytes.
-inline bool rows_aligned(const Matrix& m, int64_t element) {
-  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
-          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
-             16 ==
-         0;
-}
+// The same for the tiles of contiguous keys, one after another, by kThreads threads: a thread's
+// chunks are a constant step apart, so that each costs one addition of a stride and one comparison.
+template <int kThreads, class T, int kRows, int kDim>
+class TileCopy {
+ public:
+  using Shape = Tile<T, kRows, kDim>;
+
+  // The first tile starts at key `first`.
+  FK_DEVICE TileCopy(const KeyRows<T>& keys, int first, int dim)
+      : from_(keys.data + (first + row()) * keys.row + column()),
+        step_(kStep * keys.row),
+        dim_(dim) {}
+
+  // The next tile, which starts at key `first`.
+  FK_DEVICE void operator()(Shape& tile, int first, int end) {
+    const int to = Shape::at(row(), column() / Shape::kChunkElements), left = end - first - row();
+#pragma unroll
+    for (int r = 0; r < kRows; r += kStep, from_ = ptx::opaque(from_ + step_)) {
+#pragma unroll
+      for (int c = 0; c < kWide; ++c) {
+        const int right = c * kThreads * Shape::kChunkElements;
+        const bool there = r < left && column() < dim_ - right;
+        const int turned = to ^ Shape::turn(r) * Shape::kChunkElements;
+        ptx::copy_async<16>(tile.data + turned + r * kDim + right, from_ + right, there ? 16 : 0);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kWide = Shape::kChunks > kThreads ? Shape::kChunks / kThreads : 1;
+  static constexpr int kStep = kThreads * kWide / Shape::kChunks;  // rows of one pass
+
+  FK_DEVICE static int row() {
+    return kWide > 1 ? 0 : static_cast<int>(threadIdx.x / Shape::kChunks);
+  }
+  FK_DEVICE static int column() {
+    return static_cast<int>(threadIdx.x % Shape::kChunks) * Shape::kChunkElements;
+  }
+
+  const T* from_;
+  int64_t step_;
+  int dim_;
+};
 
 }  // namespace flashkern::attention::sm80

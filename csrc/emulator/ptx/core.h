@@ -24,6 +24,11 @@ inline uint32_t shared_address(const void* p, Site site = Site::current()) {
   return emulator::shared_address(p, site);
 }
 
+template <class T>
+T* opaque(T* p) {
+  return p;
+}
+
 inline uint32_t lane_id() { return emulator::lane(); }
 inline uint32_t warp_id() { return emulator::warp(); }
 

@@ -18,6 +18,14 @@ void ldmatrix_trans(uint32_t (&d)[N], const void* row, Site site = Site::current
   emulator::load_matrices(d, N, row, true, site);
 }
 
+inline void ldmatrix(uint32_t (&d)[4], uint32_t row, Site site = Site::current()) {
+  emulator::load_matrices(d, 4, emulator::shared_pointer(row, 16, "ldmatrix", site), false, site);
+}
+
+inline void ldmatrix_trans(uint32_t (&d)[4], uint32_t row, Site site = Site::current()) {
+  emulator::load_matrices(d, 4, emulator::shared_pointer(row, 16, "ldmatrix", site), true, site);
+}
+
 template <int N>
 void stmatrix(void* row, const uint32_t (&s)[N], Site site = Site::current()) {
   static_assert(N == 1 || N == 2 || N == 4);

@@ -27,7 +27,8 @@
 namespace flashkern::sm80 {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kColumns = 32, kSlabs = 2, kDepth = 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kSlabs = 2, kDepth = 32;
+constexpr int kColumns = kDecodeColumns;
 
 template <int kStrips>
 struct Storage {

@@ -97,7 +97,7 @@ void gradient(const GradientParams& call, void* workspace, cudaStream_t stream) 
       const ptx::LaunchShape shape{grid, Sum::kThreads, sizeof(typename Sum::Storage)};
       ptx::launch(gradient_kernel<T, kRanks>, shape, stream, p);
     };
-    if (call.rank <= 16) {
+    if (narrow_ranks(call.rank) == 16) {
       run(std::integral_constant<int, 16>());
     } else {
       run(std::integral_constant<int, 64>());

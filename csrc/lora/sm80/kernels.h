@@ -78,7 +78,6 @@ struct ProductParams {
   bool transposed;  // weight is (columns, depth), as in x W^T; else (depth, columns), as in dy W
   const void* bias;
   void* out;
-  bool add;  // to what `out` holds
   const float* low;
   Factor factor;  // i: columns
   int rank;

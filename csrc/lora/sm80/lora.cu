@@ -5,9 +5,14 @@
 //   backward   [sort rows]  shrink (dy, B -> dh)  gradient (dy, h -> dB)  gradient (x, dh -> dA)
 //              product (dy, W, dh, A -> dx)
 //
-// Where BLAS has computed the base product, `product` runs without it: y += h B^T.
+// Where BLAS computes the base product, `product` runs without it, y = h B^T + bias, and the caller
+// has BLAS add to that.
 #include "lora/gpu.h"
+
+#include <atomic>
+
 #include "lora/sm80/kernels.h"
+#include "ptx/launch.h"
 
 namespace flashkern::gpu {
 namespace {
@@ -58,8 +63,17 @@ int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace
 
-LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice) {
-  return sm80::lora_base(rows, dtype, forward, choice);
+int compute_capability(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int capability = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (capability != 0) return capability;
+  int major = 0, minor = 0;
+  ptx::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a GPU");
+  ptx::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "a GPU");
+  capability = 10 * major + minor;
+  if (device < kDevices) known[device].store(capability, std::memory_order_relaxed);
+  return capability;
 }
 
 int64_t lora_workspace(const LoraForward& p) { return forward_workspace(p); }
@@ -85,8 +99,8 @@ void lora_forward(const LoraForward& p, void* memory, GpuStream stream) {
                   stream);
   }
   const bool blas = p.base == LoraBase::kBlas;
-  run_product({p.rows, p.out, blas ? 0 : p.in, p.dtype, p.x, p.x_row, p.weight, true,
-               blas ? nullptr : p.bias, p.y, blas, rank > 0 ? h : nullptr, b, rank, order, Keep()},
+  run_product({p.rows, p.out, blas ? 0 : p.in, p.dtype, p.x, p.x_row, p.weight, true, p.bias, p.y,
+               rank > 0 ? h : nullptr, b, rank, order, Keep()},
               stream);
 }
 
@@ -119,7 +133,7 @@ void lora_backward(const LoraBackward& p, void* memory, GpuStream stream) {
   }
   if (p.dx != nullptr) {
     run_product({p.rows, p.in, blas ? 0 : p.out, p.dtype, p.dy, p.dy_row, p.weight, false, nullptr,
-                 p.dx, blas, dh, factor(ad, ad.a, 1, p.in, p.in), rank, order, Keep(p.dropout)},
+                 p.dx, dh, factor(ad, ad.a, 1, p.in, p.in), rank, order, Keep(p.dropout)},
                 stream);
   }
 }

@@ -13,6 +13,9 @@ inline constexpr int kNarrowTile = 64;         // rows of h, or columns of dA an
 inline constexpr int64_t kNarrowBlocks = 264;  // two for each multiprocessor of an H100
 inline constexpr int64_t kMaxParts = 16;
 
+// Columns of the rank that a block of the narrow kernels takes.
+constexpr int narrow_ranks(int64_t rank) { return rank <= 16 ? 16 : 64; }
+
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A sum over `depth` in parts of `step` each, which are added in order afterwards.
@@ -73,17 +76,33 @@ inline int64_t backward_workspace(const LoraBackward& p) {
 
 // ---- the base product ----
 
-inline constexpr int64_t kDecodeRows = 64, kDecodeRank = 64;
+inline constexpr int kProductTile = 128, kFloatTile = 64;  // rows and columns of a block of y
+inline constexpr int kDecodeRows = 64, kDecodeRank = 64, kDecodeColumns = 32;
 
-// Who computes the base product on a GPU. 16-bit dtypes run on tensor cores here, with the adapter
-// in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A float32 product
-// here runs on plain FMAs, where cuBLAS is the better one.
-inline LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice choice) {
+// Who computes the base product, rows x depth, on a GPU. 16-bit dtypes run on tensor cores here,
+// with the adapter in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A
+// float32 product here runs on plain FMAs, where cuBLAS is the better one.
+//
+// 9.x to 11.x multiply at full rate by wgmma and tcgen05 alone. product.cu's mma reaches about 0.6
+// of an H100's 989 TFLOP/s, so an element of y costs it 2 depth / 989e12 x (1 / 0.6 - 1) =
+// depth x 1.35 fs more than cuBLAS.
+// cuBLAS in turn needs the adapter's part in memory first. Either order of the two, BLAS first or
+// last, writes y twice and reads it once; here BLAS comes last:
+//   - its epilogue reads y beneath the next tiles' products, so the first write alone is waited
+//   for:
+//     2 bytes / 3.35 TB/s = 0.6 ps for an element, and 0.6 ps more where L2 cannot hide the read;
+//   - y's first rounding is one of the adapter's part, smaller than y, not one of y itself.
+// 1.2 ps / 1.35 fs = 890: BLAS from a depth of 1024 on.
+inline constexpr int64_t kBlasDepth = 1024;
+
+inline LoraBase lora_base(int64_t rows, int64_t depth, DType dtype, bool forward, LoraChoice choice,
+                          int capability) {
+  const bool own = choice == LoraChoice::kOwn;
   if (choice == LoraChoice::kBlas) return LoraBase::kBlas;
-  if (dtype == DType::kFloat32) {
-    return choice == LoraChoice::kOwn ? LoraBase::kTiles : LoraBase::kBlas;
-  }
-  return forward && rows <= kDecodeRows ? LoraBase::kFew : LoraBase::kTiles;
+  if (dtype == DType::kFloat32) return own ? LoraBase::kTiles : LoraBase::kBlas;
+  if (forward && rows <= kDecodeRows) return LoraBase::kFew;
+  const bool wide = capability >= 90 && capability < 120;
+  return wide && !own && depth >= kBlasDepth ? LoraBase::kBlas : LoraBase::kTiles;
 }
 
 // What decode.cu takes beyond its rows; other calls run as tiles.
@@ -96,6 +115,36 @@ inline bool decode_fits(const LoraForward& p) {
 // And where it computes h too; else the shrink has gone before.
 inline bool decode_shrinks(const LoraForward& p) {
   return p.adapters.ids == nullptr && p.adapters.rank <= kDecodeRank && p.dropout.threshold == 0;
+}
+
+// ---- the forward pass as a whole ----
+
+struct ForwardPlan {
+  LoraBase base;                            // who computes the base product in the end
+  int64_t tile_rows, tile_columns, blocks;  // of the kernel that writes y
+  int64_t shrink_blocks, shrink_parts;      // 0: that kernel computes h itself
+  int launches;
+};
+
+inline ForwardPlan plan_forward(const LoraForward& p) {
+  const bool few = decode_fits(p), shrinks = few && decode_shrinks(p);
+  ForwardPlan plan{p.base, kProductTile, kProductTile, 0, 0, 0, 1};
+  if (few) {
+    plan.tile_rows = kDecodeRows;
+    plan.tile_columns = kDecodeColumns;
+  } else {
+    if (p.base == LoraBase::kFew) plan.base = LoraBase::kTiles;
+    if (p.dtype == DType::kFloat32) plan.tile_rows = plan.tile_columns = kFloatTile;
+  }
+  plan.blocks = divide_up(p.rows, plan.tile_rows) * divide_up(p.out, plan.tile_columns);
+  if (!shrinks && p.adapters.rank > 0) {
+    const int64_t ranks = divide_up(p.adapters.rank, narrow_ranks(p.adapters.rank));
+    plan.shrink_parts = shrink_parts(p.rows, p.in).count;
+    plan.shrink_blocks = divide_up(p.rows, kNarrowTile) * plan.shrink_parts * ranks;
+    plan.launches += 1 + (plan.shrink_parts > 1);
+  }
+  if (p.adapters.ids != nullptr) ++plan.launches;
+  return plan;
 }
 
 }  // namespace flashkern::sm80

@@ -19,8 +19,8 @@
 // pieces each (three products), so that no h is too large or too small. Several adapters: rows are
 // sorted, and each adapter that a tile meets adds its product with other rows' h as zeros.
 //
-// Numerics: float32 sums, the bias added to them, one rounding. Where the base product is already
-// in `out` (BLAS's), it is added in float32 and rounded once more.
+// Numerics: float32 sums, the bias added to them, one rounding. Without a depth the sum is the
+// adapter's alone: BLAS adds the base product to it.
 //
 // Hu et al.: LoRA (arXiv 2106.09685); Zhu et al.: LoRAFusion (arXiv 2510.00206) for the order.
 #include "lora/sm80/kernels.h"
@@ -29,7 +29,7 @@
 namespace flashkern::sm80 {
 namespace {
 
-constexpr int kTile = 128, kDepth = 32, kThreads = 128, kStages = 4, kBand = 8;
+constexpr int kTile = kProductTile, kDepth = 32, kThreads = 128, kStages = 4, kBand = 8;
 constexpr int kStrips = 8, kSlabs = 4;  // a warp's 64 x 64: slabs of 16 rows, strips of 8 columns
 constexpr int kPitch = kTile + 8;       // of the finished tile: 16 bytes more turn the banks
 
@@ -72,40 +72,74 @@ struct Place {
 
 // ---- copies ----
 
-// A thread's four chunks of a tile: 128 rows of 4 chunks (along the depth), or 32 rows of 16.
-// `row_of(i, row)` is where in the matrix the tile's row lies, the i-th of this thread; -1:
-// nowhere.
-template <class T, bool kAlong, class RowOf>
-FK_DEVICE void copy_tile(T* tile, const void* matrix, int64_t pitch, int64_t column,
-                         int64_t columns, bool aligned, RowOf&& row_of) {
-  constexpr int kWidth = kAlong ? kDepth : kTile, kChunks = kWidth / 8;
-  const int chunk = threadIdx.x % kChunks;
-  const int exist = clamp_count(columns - column - 8 * chunk, 8);
+// A thread's four chunks of a tile: 128 rows of 4 chunks (along the depth), or 32 rows of 16. Rows
+// and columns beyond the matrix are its last ones: what is made of them is not written.
+template <class T, bool kAlong>
+struct Source {
+  static constexpr int kWidth = kAlong ? kDepth : kTile, kChunks = kWidth / 8;
+  const T* at[kAlong ? 4 : 1];  // of the next step; rows of the depth follow from the first
+  int64_t advance;              // from one step to the next
+
+  template <class RowOf>
+  FK_DEVICE Source(const void* matrix, int64_t pitch, int64_t column, RowOf&& row_of)
+      : advance(kAlong ? kDepth : kDepth * pitch) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = threadIdx.x / kChunks + i * (kThreads / kChunks);
-    const int64_t from = row_of(i, row);
-    const int count = from >= 0 ? exist : 0;
-    const int64_t offset = count > 0 ? from * pitch + column + 8 * chunk : 0;
-    copy_chunk(tile + tile_offset<T, kWidth>(row, chunk), static_cast<const T*>(matrix) + offset,
-               count, aligned);
+    for (int i = 0; i < (kAlong ? 4 : 1); ++i) {
+      at[i] = static_cast<const T*>(matrix) + row_of(tile_row(i)) * pitch + column;
+    }
   }
+
+  FK_DEVICE static int chunk() { return threadIdx.x % kChunks; }
+  FK_DEVICE static int tile_row(int i) { return threadIdx.x / kChunks + i * (kThreads / kChunks); }
+
+  FK_DEVICE void copy_next(T* tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::copy_async<16>(tile + tile_offset<T, kWidth>(tile_row(i), chunk()),
+                          kAlong ? at[i] : at[0] + i * (advance / 4));
+    }
+#pragma unroll
+    for (int i = 0; i < (kAlong ? 4 : 1); ++i) at[i] += advance;
+  }
+};
+
+FK_DEVICE int64_t left_row(const ProductParams& call, const Place& at, int row) {
+  return call.order.row(min(at.row + row, call.rows - 1));
 }
 
+FK_DEVICE int64_t right_row(const ProductParams& call, const Place& at, int row) {
+  return min(at.column + row, call.columns - 1);
+}
+
+// A step with the end of the depth in it, or of rows that are not whole chunks: zeros beyond the
+// depth.
 template <class T, bool kAlong>
-FK_DEVICE void copy_step(typename Storage<T>::Stage& stage, const Params& p, const Place& at,
-                         const int (&rows)[4], int64_t k) {
+FK_DEVICE void copy_edge(typename Storage<T>::Stage& stage, const Params& p, const Place& at,
+                         int64_t k) {
   const ProductParams& call = p.call;
-  copy_tile<T, true>(stage.left, call.left, call.left_row, k, call.depth, p.left_aligned,
-                     [&](int i, int) { return rows[i]; });
-  if constexpr (kAlong) {
-    copy_tile<T, true>(
-        stage.right, call.weight, call.depth, k, call.depth, p.weight_aligned,
-        [&](int, int row) { return at.column + row < call.columns ? at.column + row : -1; });
-  } else {
-    copy_tile<T, false>(stage.right, call.weight, call.columns, at.column, call.columns,
-                        p.weight_aligned,
-                        [&](int, int row) { return k + row < call.depth ? k + row : -1; });
+  const auto* left = static_cast<const T*>(call.left);
+  const auto* weight = static_cast<const T*>(call.weight);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kTile * kDepth / 8; i += kThreads) {
+    const int row = i / 4, chunk = i % 4;
+    const int64_t depth = k + 8 * chunk;
+    const int count = clamp_count(call.depth - depth, 8);
+    const int64_t from = count > 0 ? left_row(call, at, row) * call.left_row + depth : 0;
+    copy_chunk(stage.left + tile_offset<T, kDepth>(row, chunk), left + from, count, p.left_aligned);
+    if constexpr (kAlong) {
+      const int64_t from = count > 0 ? right_row(call, at, row) * call.depth + depth : 0;
+      copy_chunk(stage.right + tile_offset<T, kDepth>(row, chunk), weight + from, count,
+                 p.weight_aligned);
+    }
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; !kAlong && i < kTile * kDepth / 8; i += kThreads) {
+    const int row = i / 16, chunk = i % 16;
+    const int64_t depth = k + row, column = at.column + 8 * chunk;
+    const int count = depth < call.depth ? clamp_count(call.columns - column, 8) : 0;
+    const int64_t from = count > 0 ? depth * call.columns + column : 0;
+    copy_chunk(stage.right + tile_offset<T, kTile>(row, chunk), weight + from, count,
+               p.weight_aligned);
   }
 }
 
@@ -130,11 +164,11 @@ FK_DEVICE void multiply(const T* left, const T* right, int k, const Place& at, S
     b[j][0] = four[0], b[j][1] = four[1];
     b[j + 1][0] = four[2], b[j + 1][1] = four[3];
   }
+  left += tile_offset<T, kDepth>(at.warp_row + lane % 16, k / 8 + lane / 16);
 #pragma unroll
   for (int i = 0; i < kSlabs; ++i) {
     uint32_t a[4];
-    const int row = at.warp_row + 16 * i + lane % 16, chunk = k / 8 + lane / 16;
-    ptx::ldmatrix(a, left + tile_offset<T, kDepth>(row, chunk));
+    ptx::ldmatrix(a, left + 16 * i * kDepth);  // 16 rows on, chunks turn alike
     ptx::mma_strip<T>(sums[i], a, b);
   }
 }
@@ -247,19 +281,16 @@ FK_DEVICE void add_adapters(typename Storage<T>::Stage& stage, const ProductPara
 
 // ---- the end ----
 
-// Bias and what `out` holds, where a lane's sums lie; then rounded into the finished tile.
+// The bias, where a lane's sums lie; then rounded into the finished tile.
 template <class T>
 FK_DEVICE void finish(T* tile, const Params& p, const Place& at, const Sums& sums) {
   const ProductParams& call = p.call;
   const auto* bias = static_cast<const T*>(call.bias);
-  const auto* out = static_cast<const T*>(call.out);
 #pragma unroll
   for (int i = 0; i < kSlabs; ++i) {
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
       const int row = at.warp_row + 16 * i + at.lane / 4 + 4 * e;
-      const int64_t position = at.row + row;
-      const int64_t offset = position < call.rows ? call.order.row(position) * call.columns : 0;
 #pragma unroll
       for (int j = 0; j < kStrips; ++j) {
         const int within = at.warp_column + 8 * j + at.lane % 4 * 2;
@@ -269,7 +300,6 @@ FK_DEVICE void finish(T* tile, const Params& p, const Place& at, const Sums& sum
           const int64_t column = at.column + within + c;
           if (column >= call.columns) continue;
           if (bias != nullptr) v[c] += ptx::to_float(bias[column]);
-          if (call.add && position < call.rows) v[c] += ptx::to_float(out[offset + column]);
         }
         *reinterpret_cast<uint32_t*>(tile + row * kPitch + within) = ptx::pack<T>(v[0], v[1]);
       }
@@ -301,15 +331,21 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params p) {
   const ProductParams& call = p.call;
   const Place at(call);
   const int steps = static_cast<int>((call.depth + kDepth - 1) / kDepth);
-  int rows[4];  // of x, that this thread copies
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t position = at.row + threadIdx.x / 4 + i * 32;
-    rows[i] = position < call.rows ? static_cast<int>(call.order.row(position)) : -1;
-  }
+  const int whole = p.left_aligned && p.weight_aligned ? call.depth / kDepth : 0;
+  Source<T, true> left(call.left, call.left_row, 8 * Source<T, true>::chunk(),
+                       [&](int row) { return left_row(call, at, row); });
+  const int64_t chunk = 8 * Source<T, kAlong>::chunk();
+  Source<T, kAlong> right(call.weight, kAlong ? call.depth : call.columns,
+                          kAlong ? chunk : min(at.column + chunk, call.columns - 8), [&](int row) {
+                            return kAlong ? right_row(call, at, row) : int64_t{row};
+                          });
   const auto copy = [&](int step) {
-    if (step < steps) {
-      copy_step<T, kAlong>(shared.stage[step % kStages], p, at, rows, int64_t{step} * kDepth);
+    auto& stage = shared.stage[step % kStages];
+    if (step < whole) {
+      left.copy_next(stage.left);
+      right.copy_next(stage.right);
+    } else if (step < steps) {
+      copy_edge<T, kAlong>(stage, p, at, int64_t{step} * kDepth);
     }
     ptx::copy_commit();
   };

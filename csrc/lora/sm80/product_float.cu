@@ -1,6 +1,6 @@
 // y = x W^T + bias + h B^T and dx = dy W + keep(dh A) in float32, on plain FMAs: every digit of
-// float32, no tensor cores. The plan leaves the base product to cuBLAS; here it is for calls that
-// ask for it, and `out` += h B^T is what runs behind cuBLAS.
+// float32, no tensor cores. The plan leaves the base product to cuBLAS, which adds it to the
+// adapter's; here it is for calls that ask for it.
 //
 // Tile and threads: 64 x 64 of y, 16 x 16 threads of 4 x 4, a step 16 deep.
 // Shared memory: x^T and W^T tiles of 16 x 68 floats, 8.5 KiB. The next step's numbers are on their
@@ -13,7 +13,7 @@
 namespace flashkern::sm80 {
 namespace {
 
-constexpr int kTile = 64, kDepth = 16, kThreads = 256, kPitch = kTile + 4;
+constexpr int kTile = kFloatTile, kDepth = 16, kThreads = 256, kPitch = kTile + 4;
 constexpr int kAhead = kTile * kDepth / kThreads;
 
 struct Storage {
@@ -126,7 +126,6 @@ FK_DEVICE void write(const ProductParams& call, int64_t row, int64_t column,
       if (column + j >= call.columns) break;
       float v = sums[i][j];
       if (bias != nullptr) v += bias[column + j];
-      if (call.add) v += out[column + j];
       out[column + j] = v;
     }
   }

@@ -1,0 +1,137 @@
+// Products of tiles in shared memory for the backward pass: D += A B, a warp's 16 M x 8 N of D in
+// the registers of mma.sync, d[i][j] as in ptx/mma.h.
+//
+// A is (m, k) and B is (k, n). An operand is stored by rows of m or of n, k along a row; or, where
+// it is `ByK`, by rows of k.
+#pragma once
+
+#include "attention/sm80/products.h"
+#include "attention/sm80/tile.h"
+#include "ptx/matrix.h"
+#include "ptx/mma.h"
+
+namespace flashkern::attention::sm80 {
+
+enum class Stored { kByRows, kByK };
+
+// The compiler knows of these that they are small and not negative, which shortens addresses.
+FK_DEVICE int lane_of_warp() { return static_cast<int>(ptx::lane_id() & 31); }
+
+// What a lane passes to ldmatrix for the 16 x 16 block of a tile at (row, column); `own_row` < 16
+// and `own_chunk` < 2 are the lane's within it. Chunks turn with the own row alone.
+template <class T, int R, int C>
+FK_DEVICE const T* block_row(const Tile<T, R, C>& tile, int own_row, int own_chunk, int row,
+                             int column) {
+  using Shape = Tile<T, R, C>;
+  constexpr int kTurned = Shape::kChunks < 8 ? C : 8 * Shape::kChunkElements;
+  const int turned = column % kTurned;
+  const int own = Shape::at(own_row, own_chunk) ^ turned;
+  return tile.data + own + (row * C + column - turned);
+}
+
+template <Stored kA, class T, int R, int C>
+FK_DEVICE void load_a(uint32_t (&a)[4], const Tile<T, R, C>& tile, int m, int k) {
+  const int lane = lane_of_warp();
+  if constexpr (kA == Stored::kByK) {
+    ptx::ldmatrix_trans(a, block_row(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2, k, m));
+  } else {
+    ptx::ldmatrix(a, block_row(tile, lane % 16, lane / 16, m, k));
+  }
+}
+
+template <Stored kB, int N, class T, int R, int C>
+FK_DEVICE void load_b(uint32_t (&b)[N][2], const Tile<T, R, C>& tile, int n, int k) {
+  static_assert(N % 2 == 0);
+  const int lane = lane_of_warp();
+#pragma unroll
+  for (int j = 0; j < N; j += 2) {
+    uint32_t four[4];
+    if constexpr (kB == Stored::kByK) {
+      ptx::ldmatrix_trans(four, block_row(tile, lane % 16, lane / 16, k, n + 8 * j));
+    } else {
+      const int row = lane / 16 * 8 + lane % 8;
+      ptx::ldmatrix(four, block_row(tile, row, lane / 8 % 2, n + 8 * j, k));
+    }
+    b[j][0] = four[0], b[j][1] = four[1];
+    b[j + 1][0] = four[2], b[j + 1][1] = four[3];
+  }
+}
+
+// Element (row, k) of an operand of float32.
+template <Stored kHow, int R, int C>
+FK_DEVICE float operand(const Tile<float, R, C>& tile, int row, int k) {
+  return kHow == Stored::kByK ? tile.element(k, row) : tile.element(row, k);
+}
+
+// float32: as three products of TF32 (products.h), 8 columns of B at a time.
+template <Stored kA, Stored kB, int M, int N, int RA, int CA, int RB, int CB>
+FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, int m,
+                             const Tile<float, RB, CB>& b, int n, int length) {
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+#pragma unroll 1
+  for (int k = 0; k < length; k += 8) {
+    uint32_t high[M][4], low[M][4];
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) {
+      const float x = operand<kA>(a, m + i / 4 * 16 + g + i % 2 * 8, k + t + i % 4 / 2 * 4);
+      split_tf32(x, high[i / 4][i % 4], low[i / 4][i % 4]);
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      uint32_t b_high[1][2], b_low[1][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float x = operand<kB>(b, n + 8 * j + g, k + t + 4 * i);
+        split_tf32(x, b_high[0][i], b_low[0][i]);
+      }
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        float (&sums)[1][4] = reinterpret_cast<float (&)[1][4]>(d[i][j]);
+        ptx::mma_strip<ptx::Tf32>(sums, low[i], b_high);
+        ptx::mma_strip<ptx::Tf32>(sums, high[i], b_low);
+        ptx::mma_strip<ptx::Tf32>(sums, high[i], b_high);
+      }
+    }
+  }
+}
+
+// kK: the sum's length, of which the terms from `length` on are zeros. One test alone: a branch
+// keeps the loads of a step from those before it.
+template <Stored kA, Stored kB, int kK, int M, int N, class T, int RA, int CA, int RB, int CB>
+FK_DEVICE void multiply(float (&d)[M][N][4], const Tile<T, RA, CA>& a, int m,
+                        const Tile<T, RB, CB>& b, int n, int length = kK) {
+  if constexpr (sizeof(T) == 4) {
+    multiply_tf32<kA, kB>(d, a, m, b, n, length);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kK; k += 16) {
+      if (k == kK / 4 * 3 && k >= length) break;
+      uint32_t left[M][4], right[N][2];
+#pragma unroll
+      for (int i = 0; i < M; ++i) load_a<kA>(left[i], a, m + 16 * i, k);
+      load_b<kB>(right, b, n, k);
+#pragma unroll
+      for (int i = 0; i < M; ++i) ptx::mma_strip<T>(d[i], left[i], right);
+    }
+  }
+}
+
+// The same where A is what the lanes hold as the sums x of another product: k is x's column.
+template <class T, int M, int K, int N, int R, int C>
+FK_DEVICE void multiply_held(float (&d)[M][N][4], const float (&x)[M][K][4], const Tile<T, R, C>& b,
+                             int k) {
+#pragma unroll
+  for (int j = 0; j < K; j += 2) {
+    uint32_t right[N][2];
+    load_b<Stored::kByK>(right, b, 0, k + 8 * j);
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      const float (&low)[4] = x[i][j], (&high)[4] = x[i][j + 1];
+      const uint32_t left[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]),
+                                ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
+      ptx::mma_strip<T>(d[i], left, right);
+    }
+  }
+}
+
+}  // namespace flashkern::attention::sm80
