@@ -4,6 +4,7 @@
 
 #include "attention/sm80/backward_plan.h"
 #include "attention/sm80/gradient.h"
+#include "attention/sm80/plan.h"
 #include "ptx/launch.h"
 
 namespace flashkern::attention::sm80 {
