@@ -13,6 +13,7 @@ import collections
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ BUILD = ROOT / "build" / "faults"
 # Variant, seed, CPU seconds of tests for each fault that no pass before has caught.
 PASSES = (("plain", 1, 3), ("race", 1, 20), ("asan", 1, 10), ("plain", 2, 60), ("race", 2, 60))
 SAMPLE = (("race", 1, 60),)
+ORDER = re.compile(r"no __sync|waits for|wrong lane|relaxed|not atomic")
 
 
 def call(*command: str | Path, **more: str) -> str:
@@ -129,8 +131,9 @@ class Run:
             what = {"numbers": numbers, "seed": self.seed, "budget": self.budget}
             files = {"usual": self.usual, "asked": self.asked, "out": out}
             task.write_text(json.dumps(what | {name: str(path) for name, path in files.items()}))
-            command = [sys.executable, "-m", "pytest", "-s", "-p", "plugin", "-p", "no:faulthandler",
-                       "-p", "no:cacheprovider", ROOT / "tests" / self.operator]  # fmt: skip
+            options = ("-s", "-p", "plugin", "-p", "no:faulthandler", "-p", "no:cacheprovider")
+            tests = ROOT / "tests" / self.operator
+            command = [sys.executable, "-m", "pytest", *options, str(tests)]
             env = {**os.environ, **environment(self.variant, package, task)}
             log = open(stem.with_suffix(".log"), "w")  # noqa: SIM115
             children.append(subprocess.Popen(command, cwd=package, env=env, stdout=log, stderr=log))
@@ -139,11 +142,12 @@ class Run:
 
 
 def sampled(faults: list[Fault], count: int) -> list[Fault]:
-    """So many of each operator that are not explained, evenly spread, the same every time."""
+    """So many lost barriers, waits and promises of each operator, the same every time."""
     chosen = []
     for operator in dict.fromkeys(f.operator for f in faults):
-        own = [f for f in faults if f.operator == operator and not reason(f)]
-        chosen += [own[i * len(own) // count] for i in range(count)]
+        own = [f for f in faults if f.operator == operator and ORDER.search(f.what)]
+        own = [f for f in own if not reason(f)]
+        chosen += [own[i * len(own) // count] for i in range(min(count, len(own)))]
     return chosen
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def closing(text: str, opening: int) -> int:
 
 def arguments(text: str, opening: int) -> list[tuple[int, int]]:
     """Where the arguments of a call lie."""
+    text = re.sub(r"(?<=\w)<[^<>()]*>", lambda m: "_" * len(m.group()), text)
     found, depth, begin = [], 0, opening + 1
     for i in range(opening, closing(text, opening)):
         depth += {"(": 1, ")": -1, "[": 1, "]": -1}.get(text[i], 0)
@@ -105,7 +107,7 @@ def arguments(text: str, opening: int) -> list[tuple[int, int]]:
 def code(source: str) -> str:
     """The source with spaces in place of comments, and of lines that are no kernel code.
 
-    Unrolled loops count to a constant: one step more would be a fault of the C++, not of the kernel.
+    Unrolled loops count to a constant: one step more would be undefined C++, whatever it computes.
     """
     text = re.sub(r"//[^\n]*|(?<=#pragma unroll\n).*", lambda m: " " * len(m.group()), source)
     lines = (" " * len(x) if CONSTANT.search(x) else x for x in text.split("\n"))
@@ -190,12 +192,16 @@ def apply(source: str, changes: list[tuple[int, Edit]]) -> str:
 def plant(folder: Path, csrc: Path = CSRC) -> list[Fault]:
     """Copies of all kernels with their faults, in ``folder``; files that stay the same, stay."""
     faults: list[Fault] = []
+    counts: collections.Counter[str] = collections.Counter()
+    first = {"attention": 1, "beam": 2001, "lora": 4001}  # numbers outlive another's changes
     for path in sorted(csrc.glob("*/sm80/*")):
         name = str(path.relative_to(csrc))
-        text, found = planted(path.read_text(), name, len(faults) + 1)
+        operator = name.split("/")[0]
+        text, found = planted(path.read_text(), name, first[operator] + counts[operator])
         if path.name.endswith("plan.h"):  # which kernel, how large: no part of what it computes
             text, found = path.read_text(), []
         faults += found
+        counts[operator] += len(found)
         head = text.index("#include")
         line = text.count("\n", 0, head) + 1
         write(folder / name, f'{text[:head]}#include "fault.h"\n#line {line}\n{text[head:]}')

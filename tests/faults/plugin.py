@@ -1,11 +1,11 @@
-"""A pytest plugin: instead of one run of the tests, one for each fault, each in a child process that
-ends at the first failure. Everything is imported and collected once.
+"""A pytest plugin: in place of one run of the tests, one for each fault, each in a child process
+that ends at the first failure. Everything is imported and collected once.
 
 FLASHKERN_FAULTS names a JSON file: the faults' numbers, the emulator's seed, the CPU seconds that a
-fault may cost, and three files. A line of ``out`` for each fault: [number, how it was caught, tab, by
-which test, tab, why], "" where it was not. Number 0 is no fault: it must pass, and leaves in ``usual``
-the CPU seconds of each test, in ``asked`` the faults that would make a difference there. Without
-these two files every fault meets every test.
+fault may cost, and three files. A line of ``out`` for each fault: [number, how it was caught, tab,
+by which test, tab, why], "" where it was not. Number 0 is no fault: it must pass, and leaves in
+``usual`` the CPU seconds of each test, in ``asked`` the faults that would make a difference there.
+Without these two files every fault meets every test.
 """
 
 from __future__ import annotations
