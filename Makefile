@@ -41,7 +41,7 @@ test: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(MAKE) test-emulated VARIANT=race
 	$(MAKE) test-emulated VARIANT=asan
 	$(MAKE) test-emulated
-	$(MAKE) test-faults FAULTS="--sample 6"
+	$(MAKE) test-faults FAULTS="--sample 6 --operators beam"
 
 lint: $(VENV)/lint.stamp
 	ruff check .
