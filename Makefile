@@ -4,6 +4,7 @@
 #   make bench [PROFILE=quick|full]   builds, measures, writes reports/
 #   make test                         builds, runs every test
 #   make test-emulated [VARIANT=plain|race|asan]   the tests that run CUDA kernels on the host
+#   make test-faults [FAULTS="..."]   seeded faults in the CUDA kernels: all are to be caught (hours)
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
@@ -25,7 +26,7 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help bench test test-emulated lint format sanitize wheel dev gpu gpu-test \
+.PHONY: help bench test test-emulated test-faults lint format sanitize wheel dev gpu gpu-test \
   gpu-bench clean
 
 help:
@@ -40,6 +41,7 @@ test: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(MAKE) test-emulated VARIANT=race
 	$(MAKE) test-emulated VARIANT=asan
 	$(MAKE) test-emulated
+	$(MAKE) test-faults FAULTS="--sample 6 --operators beam"
 
 lint: $(VENV)/lint.stamp
 	ruff check .
@@ -108,6 +110,9 @@ test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 	@cmake --install $(EMULATED) --component emulated > build.log
 	FLASHKERN_BACKEND=emulated $(EMULATED_RUN_$(VARIANT)) \
 	  $(PY) -m pytest $(if $(filter asan,$(VARIANT)),-s) $(TESTS)
+
+test-faults: $(VENV)/test.stamp $(VENV)/built.stamp
+	$(PY) tests/faults $(FAULTS)
 
 # The package is copied beside the sanitized library. The sanitizer must be the first library in the
 # process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses

@@ -85,6 +85,16 @@ def test_given_logsumexp(backend: str, value: float) -> None:
         assert result.tokens[0, :2].tolist() == [5, 550]
 
 
+@pytest.mark.parametrize("token", [512, 700, 1020])
+def test_one_nan_among_low_logits(backend: str, token: int) -> None:
+    """A NaN wins over the greater logits of all other chunks, wherever in its own it stands."""
+    logits = torch.randn(1, 1, 40 * 512)
+    logits[0, 0, 512:1024] -= 50
+    logits[0, 0, token] = NAN
+    result = same(logits, torch.zeros(1, 1), 3, torch.ones(1, 1))
+    assert result.tokens[0, 0] == token
+
+
 @pytest.mark.parametrize("value", [INF, NAN, -INF])
 def test_beam_scores(backend: str, value: float) -> None:
     logits = torch.randn(1, 3, 600)
