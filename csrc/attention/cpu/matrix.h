@@ -12,6 +12,7 @@
 #include "attention/cpu/panel.h"
 #include "attention/cpu/results.h"
 #include "attention/cpu/task.h"
+#include "simd/transpose.h"
 
 namespace flashkern::FK_ISA::attention {
 
@@ -72,10 +73,12 @@ inline void pack_values(const KeyRows<T>& from, int64_t begin, int64_t end, int6
 template <class T>
 inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
   const Problem& p = *view.problem;
-  for (int lane = 0; lane < kPanel; ++lane) {
-    const T* from =
-        row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[lane], rows.query[lane]);
-    for (int64_t d = 0; d < p.head_dim; ++d) out[d * kPanel + lane] = to_float(from[d]) * factor;
+  for (int v = 0; v < kPanel; v += kLanes) {
+    const auto row = [&](int lane) {
+      return row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[v + lane],
+                       rows.query[v + lane]);
+    };
+    transpose_rows(row, kLanes, p.head_dim, factor, out + v, kPanel);
   }
 }
 
