@@ -56,8 +56,8 @@ struct Band {
       : q_length(s.q_length),
         k_length(s.k_length),
         offset(s.offset),
-        left(std::min(p.window_left, kUnreachable)),
-        right(std::min(p.window_right, kUnreachable)) {}
+        left(std::min(p.window_left, int64_t{kUnreachable})),
+        right(std::min(p.window_right, int64_t{kUnreachable})) {}
 
   FK_HOST_DEVICE int64_t first_key(int64_t row) const {
     return left < 0 ? 0 : std::clamp<int64_t>(row + offset - left, 0, k_length);

@@ -86,12 +86,15 @@ struct BiasGradient {
 struct BackwardParams : Problem {
   Matrix output, grad_output;
   RowValues lse, grad_lse;  // grad_lse.data is nullptr where nothing depends on lse
-  RowValues delta;          // working memory, shaped as lse
+  RowValues delta;          // working memory of the CPU kernels, shaped as lse
   Output grad_query, grad_key, grad_value;
-  Output query_sums;  // float32 zeros, contiguous; grad_query itself for float32 and float64
+  // Of the CPU kernels: float32 zeros, contiguous; grad_query itself for float32 and float64.
+  Output query_sums;
   int64_t query_elements = 0;  // of grad_query
   BiasGradient grad_bias;
   void* grad_sinks = nullptr;  // (heads,), float32 or float64
+  float* workspace = nullptr;  // of the GPU kernels: gpu::attention_backward_workspace
+  int32_t* turns = nullptr;    // zeros on entry
 };
 
 // Keys and values appended to a cache in place, new row t of batch b at cache_lengths[b] + t.

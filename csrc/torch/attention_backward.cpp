@@ -48,11 +48,29 @@ Tensor sum_bias_gradient(Tensor gradient, const Tensor& bias) {
   return torch::stable::to(gradient, bias.scalar_type());
 }
 
-void launch(const BackwardParams& p, const Tensor& query) {
+// Zeros, but where all of it will be written.
+Tensor gradient_like(const Tensor& t, bool written, ScalarType type) {
+  return written ? torch::stable::new_empty(t, t.sizes(), type)
+                 : torch::stable::new_zeros(t, t.sizes(), type);
+}
+
+void launch_on_gpu(BackwardParams& p, const Tensor& query) {
+  STD_TORCH_CHECK(p.dtype != DType::kFloat64,
+                  "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
+  if constexpr (kGpuKernels) {
+    const GpuScope scope(query);
+    const auto [floats, zeros] = gpu::attention_backward_workspace(p);
+    Tensor workspace = torch::stable::new_empty(query, {floats}, ScalarType::Float);
+    Tensor turns = torch::stable::new_zeros(query, {zeros}, ScalarType::Int);
+    p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    p.turns = static_cast<int32_t*>(turns.mutable_data_ptr());
+    gpu::attention_backward(p, scope.stream());
+  }
+}
+
+void launch(BackwardParams& p, const Tensor& query) {
   if (on_gpu(query)) {
-    STD_TORCH_CHECK(p.dtype != DType::kFloat64,
-                    "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
-    if constexpr (kGpuKernels) gpu::attention_backward(p, GpuScope(query).stream());
+    launch_on_gpu(p, query);
   } else if constexpr (kCpuKernels) {
     const bool wide = p.dtype == DType::kFloat64;
     wide ? attention_backward_float64(p, torch_threads()) : attention_backward(p, torch_threads());
@@ -95,12 +113,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor delta = new_empty(lse, lse.sizes());
   p.delta = row_values_of(delta);
 
-  // The GPU kernel sums in registers, and writes what it has summed.
-  const bool apart = narrow && !on_gpu(query);
-  Tensor query_sums = new_zeros(query, query.sizes(), apart ? sums : query.scalar_type());
+  // The GPU kernels write every row of a sequence and each key that is not beyond its length.
+  const bool gpu = on_gpu(query), whole = gpu && p.cu_seqlens_q == nullptr;
+  const bool apart = narrow && !gpu;
+  Tensor query_sums = gradient_like(query, whole, apart ? sums : query.scalar_type());
   Tensor grad_query = apart ? new_empty(query, query.sizes()) : query_sums;
-  Tensor grad_key = new_zeros(key, key.sizes());
-  Tensor grad_value = new_zeros(value, value.sizes());
+  Tensor grad_key = gradient_like(key, whole && p.kv_lengths == nullptr, key.scalar_type());
+  Tensor grad_value = gradient_like(value, whole && p.kv_lengths == nullptr, value.scalar_type());
   p.grad_query = output_of(grad_query);
   p.query_sums = output_of(query_sums);
   p.query_elements = query.numel();

@@ -1,28 +1,30 @@
-// The launches of an attention backward call: row sums and sinks, then the three gradients.
-#include <algorithm>
-
+// The launches of an attention backward call: the numbers of rows and the sinks, then the
+// gradients.
 #include "attention/gpu.h"
+#include "attention/sm80/backward_plan.h"
 #include "attention/sm80/backward_rows.h"
 
 namespace flashkern {
 namespace attention::sm80 {
 
-template <class T, int kDim>
-void launch_gradients(const BackwardParams& p, GpuStream stream);  // backward_*.cu
+template <class T>
+void gradients_of(const BackwardParams& p, const BackwardPlan& plan, GpuStream stream);
 
 template <class T>
 void backward_of(const BackwardParams& p, GpuStream stream) {
-  launch_rows<T>(p, stream);
-  const int64_t dim = std::max(p.head_dim, p.value_dim);
-  if (dim <= 32) return launch_gradients<T, 32>(p, stream);
-  if (dim <= 64) return launch_gradients<T, 64>(p, stream);
-  if (dim <= 128) return launch_gradients<T, 128>(p, stream);
-  launch_gradients<T, 256>(p, stream);
+  const BackwardPlan plan = plan_backward(p);
+  launch_rows<T>(p, plan, stream);
+  gradients_of<T>(p, plan, stream);
 }
 
 }  // namespace attention::sm80
 
 namespace gpu {
+
+BackwardWorkspace attention_backward_workspace(const attention::BackwardParams& p) {
+  const auto plan = attention::sm80::plan_backward(p);
+  return {plan.floats, plan.ints};
+}
 
 void attention_backward(const attention::BackwardParams& p, GpuStream stream) {
   using attention::sm80::backward_of;

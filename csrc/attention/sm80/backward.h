@@ -1,285 +1,412 @@
-// The backward pass of attention with mma.sync, for sm_80 and newer: one kernel, launched once for
-// each of dV, dK and dQ.
-//
-//   P  = 2^(scale log2e Q K^T - log2e lse)     dP = dO V^T     dS = P * (dP - delta)
-//   dV = P^T dO        dK = scale dS^T Q       dQ = scale dS K       dbias = dS
-//
-//   block   16 kWarps rows of the gradient of one KV head: keys (dV, dK) or packed query rows (dQ).
-//           It meets tiles of the other side, those alone that the mask lets it see; a key meets
-//           the rows of all heads of its group, so that dK and dV need no sum across blocks
-//   warp    16 rows against every column of a tile; three products of forward's kind:
-//             S = rows.a columns.a^T     dP = rows.b columns.b^T     sums += (P or dS) columns
-//                 rows: a, b     columns: a, b
-//             dQ  Q, dO          K, V
-//             dK  K, V           Q, dO
-//             dV  K              Q, dO      no dP
-//   memory  two tiles of rows, up to 64 KiB; two of columns, up to 32 KiB: 96 KiB at most
-//   pipe    columns.b is copied during S; blocks that share a multiprocessor hide the rest
-//   numbers float32 sums in one order: the same bits every time, no atomics. P and dS are rounded
-//   to
-//           the tensors' type before they multiply. One gradient a launch costs 8 products in place
-//           of 5, and leaves registers for one set of sums: no spills up to head_dim 256
-//
-// Dao: FlashAttention-2 (2023), section 3.1.2.
+// The backward pass of attention with mma.sync, for sm_80 and newer: dQ, dK and dV in one kernel,
+// five products.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/gpu.h"
+#include "attention/sm80/backward_plan.h"
+#include "attention/sm80/backward_products.h"
+#include "attention/sm80/backward_turns.h"
 #include "attention/sm80/gradient.h"
-#include "attention/sm80/plan.h"
-#include "attention/sm80/products.h"
 #include "attention/sm80/results.h"
 #include "ptx/launch.h"
 
 namespace flashkern::attention::sm80 {
 
-enum class Gradient { kValue, kKey, kQuery };
-
+// How the warps of a block share its products; a number of columns is a warp's own.
 template <class T, int kDim>
-struct BackwardStorage {
-  static constexpr int kColumns = tile_keys(kDim * sizeof(T));
-  static constexpr int kWarps = most_warps(kDim * sizeof(T));
+struct BackwardShape {
+  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(T));
+  static constexpr int kKeys = kTile.keys, kRows = kTile.rows, kWarps = kTile.warps;
+  static constexpr int kStages = kTile.stages;
 
-  Tile<T, 16 * kWarps, kDim> rows_a, rows_b;
-  Tile<T, kColumns, kDim> columns_a, columns_b;
-  GradientRow column_rows[kColumns];  // where the columns are query rows
+  static constexpr int kScoreKeys = kTile.score_keys, kScoreRows = kTile.score_rows;
+  static constexpr int kKeyParts = kKeys / kScoreKeys, kRowParts = kWarps / kKeyParts;
+  // A warp has all scores of its keys: they are the factors of its dK and dV as they stand.
+  static constexpr bool kHeld = kRowParts == 1;
+
+  static constexpr int kOfKeys = kKeys < 32 ? kKeys : 32;  // keys of a warp in dK and dV
+  static constexpr int kKeyColumns = kDim * (kKeys / kOfKeys) / kWarps;
+  static constexpr int kOfRows = kRows < 32 ? kRows : 32;  // rows of a warp in dQ
+  static constexpr int kRowColumns = kDim * (kRows / kOfRows) / kWarps;
+  static_assert(!kHeld || (kOfKeys == kScoreKeys && kKeyColumns == kDim));
 };
 
-template <class T, int kDim, Gradient kWhat>
+struct Nothing {};
+template <class T, int kKeys, int kRows>
+struct Weights {
+  Tile<T, kKeys, kRows> weights;  // P^T
+};
+
+template <class T, int kDim, class Shape = BackwardShape<T, kDim>>
+struct BackwardStorage
+    : std::conditional_t<Shape::kHeld, Nothing, Weights<T, Shape::kKeys, Shape::kRows>> {
+  Tile<T, Shape::kKeys, kDim> keys, values;
+  Tile<T, Shape::kRows, kDim> queries[Shape::kStages], grads[Shape::kStages];
+  alignas(16) RowNumbers rows[Shape::kStages][Shape::kRows];
+  union {
+    Tile<T, Shape::kKeys, Shape::kRows> logits;  // dS^T
+    int ticket;                                  // before the first tile
+  };
+};
+
+// One tile of keys of one KV head. kFull: with softcap, ALiBi, a bias or dropout.
+template <class T, int kDim, bool kFull>
 class BackwardBlock {
  public:
+  using Shape = BackwardShape<T, kDim>;
   using Shared = BackwardStorage<T, kDim>;
-  static constexpr int kColumns = Shared::kColumns, kRows = 16 * Shared::kWarps;
-  static constexpr bool kByQueries = kWhat == Gradient::kQuery;
-  using Multiply = Products<T, kDim, kColumns>;
+  static constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows, kStages = Shape::kStages;
+  static constexpr int kThreads = 32 * Shape::kWarps;
 
-  FK_DEVICE BackwardBlock(const BackwardParams& p, const Sequence& s, int kv_head, int begin,
-                          bool aligned)
+  FK_DEVICE BackwardBlock(const BackwardParams& p, const BackwardPlan& plan, const Sequence& s,
+                          int kv_head, int begin, bool aligned)
       : p_(p),
         s_(s),
-        rule_(p, s),
         shared_(ptx::shared_storage<Shared>()),
-        keys_(p, p.key, s, kv_head),
-        values_(p, p.value, s, kv_head),
+        band_(p, s),
+        rule_(p, s),
         queries_(p, p.query, s, kv_head),
         grads_(p, p.grad_output, s, kv_head),
         kv_head_(kv_head),
-        query_rows_(static_cast<int>(p.group() * s.q_length)),
+        group_(static_cast<int>(p.group())),
+        rows_(static_cast<int>(p.group() * s.q_length)),
         begin_(begin),
-        row_(begin + static_cast<int>(ptx::warp_id()) * 16 + static_cast<int>(ptx::lane_id()) / 4),
+        warp_(static_cast<int>(ptx::warp_id())),
         aligned_(aligned) {
-    if constexpr (kByQueries) {
-      for (int r = 0; r < 2; ++r) {
-        rows_[r] = make_gradient_row(p, s, kv_head, row_ + 8 * r, query_rows_);
-      }
-    }
+    const int64_t tile = kv_head * plan.head_tiles + plan.first_tile(p, s);
+    numbers_ = reinterpret_cast<const RowNumbers*>(p.workspace) + kv_head * plan.head_rows +
+               plan.first_row(p, s);
+    sums_ = p.workspace + plan.sums + tile * (kRows * kDim);
+    turns_ = p.turns + 1 + tile;
   }
 
   FK_DEVICE void run() {
-    const Interval columns = seen();
-    if (columns.empty()) return;
-    copy_rows();
-    const int end = static_cast<int>(columns.end);
-    for (int first = static_cast<int>(columns.begin) / kColumns * kColumns; first < end;
-         first += kColumns) {
-      copy_columns(first, end);
-      step(first);
-      __syncthreads();  // nobody reads these columns any more
+    const Interval rows = Band(p_, s_).rows(begin_, begin_ + kKeys);
+    if (rows.empty()) return;
+    const int first = static_cast<int>(rows.begin * group_) / kRows;
+    const int end = static_cast<int>((rows.end * group_ + kRows - 1) / kRows);
+    const int keys = static_cast<int>(s_.k_length);
+    copy_tile(shared_.keys, KeyRows<T>(p_, p_.key, s_, kv_head_), begin_, keys, dim(), aligned_);
+    copy_tile(shared_.values, KeyRows<T>(p_, p_.value, s_, kv_head_), begin_, keys, value_dim(),
+              aligned_);
+    copy_rows(first, 0);
+    int stage = 0;
+    Turn turn;  // whose sums are stored, but which is not passed on
+    for (int index = first; index < end; ++index) {
+      turn = step(index, end, stage, turn);
+      if (kStages == 2) stage ^= 1;
     }
+    __syncthreads();
+    if (threadIdx.x == 0) turn.pass();
   }
 
-  FK_DEVICE void write() {
-    constexpr bool kOfValue = kWhat == Gradient::kValue;
-    const float scale = kOfValue ? 1.0f : static_cast<float>(p_.scale);
-    const int dim = static_cast<int>(kOfValue ? p_.value_dim : p_.head_dim);
-    for (int r = 0; r < 2; ++r) {
-      const int row = row_ + 8 * r;
-      if (row >= (kByQueries ? query_rows_ : s_.k_length)) continue;
-      T* to = gradient_row(r, row);
-      for_each_pair<kDim>(sums_, r, dim, [&](int column, float x, float y) {
-        store_pair(to + column, x * scale, y * scale);
-      });
+  FK_DEVICE void write() const {
+    const Output &of_key = p_.grad_key, &of_value = p_.grad_value;
+    const int64_t key_at = s_.batch * of_key.batch + kv_head_ * of_key.head;
+    const int64_t value_at = s_.batch * of_value.batch + kv_head_ * of_value.head;
+#pragma unroll
+    for (int r = 0; r < Shape::kOfKeys; r += 8) {
+      const int key = begin_ + key_group() + r + lane() / 4;
+      if (key >= s_.k_length) continue;
+      T* keys = static_cast<T*>(of_key.data) + key_at + (s_.k_start + key) * of_key.row;
+      T* values = static_cast<T*>(of_value.data) + value_at + (s_.k_start + key) * of_value.row;
+      store_row(keys, key_sums_, r, key_columns(), dim(), static_cast<float>(p_.scale));
+      store_row(values, value_sums_, r, key_columns(), value_dim(), 1.0f);
     }
   }
 
  private:
-  // Columns that some row of the block meets.
-  FK_DEVICE Interval seen() const {
-    const Band band(p_, s_);
-    const int64_t group = p_.group();
-    if constexpr (kByQueries) {
-      const int last = min(begin_ + kRows, query_rows_) - 1;
-      return band.some_keys(begin_ / group, last / group + 1);
-    } else {
-      const Interval rows = band.rows(begin_, begin_ + kRows);
-      return {rows.begin * group, rows.end * group};
-    }
+  static constexpr int kScoreM = Shape::kScoreKeys / 16, kScoreN = Shape::kScoreRows / 8;
+  static constexpr int kSumM = Shape::kOfKeys / 16, kSumN = Shape::kKeyColumns / 8;
+  static constexpr int kQueryM = Shape::kOfRows / 16, kQueryN = Shape::kRowColumns / 8;
+  using Rows = QueryTile<kKeys, kRows>;
+  using Scores = float[kScoreM][kScoreN][4];
+
+  FK_DEVICE static int lane() { return static_cast<int>(ptx::lane_id()); }
+  FK_DEVICE int dim() const { return static_cast<int>(p_.head_dim); }
+  FK_DEVICE int value_dim() const { return static_cast<int>(p_.value_dim); }
+
+  // Where the warp's part of each product starts: in the block's keys, rows and columns.
+  FK_DEVICE int score_keys() const { return warp_ % Shape::kKeyParts * Shape::kScoreKeys; }
+  FK_DEVICE int score_rows() const { return warp_ / Shape::kKeyParts * Shape::kScoreRows; }
+  FK_DEVICE int key_group() const { return warp_ % (kKeys / Shape::kOfKeys) * Shape::kOfKeys; }
+  FK_DEVICE int key_columns() const {
+    return warp_ / (kKeys / Shape::kOfKeys) * Shape::kKeyColumns;
+  }
+  FK_DEVICE int row_group() const { return warp_ % (kRows / Shape::kOfRows) * Shape::kOfRows; }
+  FK_DEVICE int row_columns() const {
+    return warp_ / (kRows / Shape::kOfRows) * Shape::kRowColumns;
   }
 
-  FK_DEVICE void copy_rows() {
-    const int dim = static_cast<int>(p_.head_dim), value_dim = static_cast<int>(p_.value_dim);
-    if constexpr (kByQueries) {
-      copy_tile(shared_.rows_a, queries_, begin_, query_rows_, dim, aligned_);
-      copy_tile(shared_.rows_b, grads_, begin_, query_rows_, value_dim, aligned_);
-    } else {
-      const int keys = static_cast<int>(s_.k_length);
-      copy_tile(shared_.rows_a, keys_, begin_, keys, dim, aligned_);
-      if (kWhat == Gradient::kKey) {
-        copy_tile(shared_.rows_b, values_, begin_, keys, value_dim, aligned_);
-      }
+  // Queries, dO and the numbers of a tile; nothing past the last row.
+  FK_DEVICE void copy_rows(int index, int stage) {
+    using Shape = Tile<T, kRows, kDim>;
+    constexpr int kStep = kThreads / Shape::kChunks;
+    const int first = index * kRows, thread = static_cast<int>(threadIdx.x);
+    const PackedRows rows(first, group_);
+    const int chunk = thread % Shape::kChunks, column = chunk * Shape::kChunkElements;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kStep) {
+      const int r = i + thread / Shape::kChunks;
+      const auto [query, head] = rows[r];
+      const bool there = first + r < rows_;
+      copy_chunk(shared_.queries[stage].chunk(r, chunk), queries_, query, head, column,
+                 there && column < dim());
+      copy_chunk(shared_.grads[stage].chunk(r, chunk), grads_, query, head, column,
+                 there && column < value_dim());
     }
-  }
-
-  FK_DEVICE void copy_columns(int first, int end) {
-    const int dim = static_cast<int>(p_.head_dim), value_dim = static_cast<int>(p_.value_dim);
-    if constexpr (kByQueries) {
-      copy_tile(shared_.columns_a, keys_, first, end, dim, aligned_);
-      ptx::copy_commit();
-      copy_tile(shared_.columns_b, values_, first, end, value_dim, aligned_);
-    } else {
-      copy_tile(shared_.columns_a, queries_, first, end, dim, aligned_);
-      ptx::copy_commit();
-      copy_tile(shared_.columns_b, grads_, first, end, value_dim, aligned_);
-      for (int i = threadIdx.x; i < kColumns; i += blockDim.x) {
-        shared_.column_rows[i] = make_gradient_row(p_, s_, kv_head_, first + i, end);
-      }
+    if (thread < kRows) {
+      const bool there = first + thread < rows_;
+      ptx::copy_async<8>(&shared_.rows[stage][thread], numbers_ + (there ? first + thread : 0),
+                         there ? 8 : 0);
     }
     ptx::copy_commit();
   }
 
-  FK_DEVICE void step(int first) {
-    const int row = static_cast<int>(ptx::warp_id()) * 16;
-    const int dim = static_cast<int>(p_.head_dim), value_dim = static_cast<int>(p_.value_dim);
-    float x[kColumns / 8][4] = {}, y[kColumns / 8][4] = {};
-    ptx::copy_wait<1>();
-    __syncthreads();
-    Multiply::scores(x, shared_.rows_a, row, shared_.columns_a, dim);
-    ptx::copy_wait<0>();
-    __syncthreads();
-    if constexpr (kWhat != Gradient::kValue) {
-      Multiply::scores(y, shared_.rows_b, row, shared_.columns_b, value_dim);
-    }
-    differentiate(x, y, first);
-    if constexpr (kWhat == Gradient::kValue) {
-      Multiply::output(sums_, x, shared_.columns_b, value_dim);
+  FK_DEVICE void copy_chunk(T* to, const QueryRows<T>& rows, int query, int head, int column,
+                            bool there) {
+    const T* from = there ? rows.data + head * rows.head + query * rows.row + column : rows.data;
+    if (aligned_) {
+      ptx::copy_async<16>(to, from, there ? 16 : 0);
     } else {
-      Multiply::output(sums_, y, shared_.columns_a, dim);
+      copy_slowly(to, from, there ? static_cast<int>(16 / sizeof(T)) : 0);
     }
   }
 
-  FK_DEVICE void differentiate(float (&x)[kColumns / 8][4], float (&y)[kColumns / 8][4],
-                               int first) {
-    const int pair = static_cast<int>(ptx::lane_id()) % 4 * 2;
-    const uint32_t kept = keep_mask(first);
+  FK_DEVICE Turn step(int index, int end, int stage, Turn last) {
+    const Rows tile(band_, index, rows_, group_, begin_);
+    const Turn turn{turns_ + index, tile.last_block - begin_ / kKeys, tile.blocks};
+    ptx::copy_wait<0>();
+    const bool blind = threadIdx.x < kRows && shared_.rows[stage][threadIdx.x].lse == INFINITY;
+    const bool whole = __syncthreads_and(!blind) && tile.whole;  // this tile is here, sums stored
+    if (kStages == 2 && index + 1 < end) copy_rows(index + 1, stage ^ 1);
+    if (threadIdx.x == 0) last.pass();
+    if (threadIdx.x == 32) turn.wait();
+#pragma unroll 1
+    for (int part = 0; part < kRows; part += Shape::kRowParts * Shape::kScoreRows) {
+      differentiate(tile, stage, part + score_rows(), whole);
+    }
+    __syncthreads();  // P and dS are here, and so is the turn
+    float d[kQueryM][kQueryN][4] = {};
+    float* sums = sums_ + (index * Shape::kWarps + warp_) * (kQueryM * kQueryN * 128);
+    if (!turn.first()) load_sums(d, sums);
+    if constexpr (!Shape::kHeld) {
+      multiply<Stored::kByRows, Stored::kByK, kRows>(value_sums_, shared_.weights, key_group(),
+                                                     shared_.grads[stage], key_columns());
+      multiply<Stored::kByRows, Stored::kByK, kRows>(key_sums_, shared_.logits, key_group(),
+                                                     shared_.queries[stage], key_columns());
+    }
+    if constexpr (kStages == 1) {
+      if constexpr (!Shape::kHeld) __syncthreads();  // nobody reads the tile any more
+      if (index + 1 < end) copy_rows(index + 1, 0);
+    }
+    multiply<Stored::kByK, Stored::kByK, kKeys>(d, shared_.logits, row_group(), shared_.keys,
+                                                row_columns());
+    turn.last() ? write_query(d, tile) : store_sums(d, sums);
+    return turn;
+  }
+
+  // S^T and dP^T of some rows, and from them P^T and dS^T.
+  FK_DEVICE void differentiate(const Rows& tile, int stage, int row, bool whole) {
+    Scores x = {}, y = {};
+    const int key = score_keys();
+    multiply<Stored::kByRows, Stored::kByRows, kDim>(x, shared_.keys, key, shared_.queries[stage],
+                                                     row, dim());
+    multiply<Stored::kByRows, Stored::kByRows, kDim>(y, shared_.values, key, shared_.grads[stage],
+                                                     row, value_dim());
+    if constexpr (kFull) {
+      apply_full(x, y, tile, stage, row);
+    } else if (whole) {
+      apply<true>(x, y, tile, stage, row);
+    } else {
+      apply<false>(x, y, tile, stage, row);
+    }
+    store_scores(shared_.logits, y, row);
+    if constexpr (Shape::kHeld) {
+      multiply_held(value_sums_, x, shared_.grads[stage], row);
+      multiply_held(key_sums_, y, shared_.queries[stage], row);
+    } else {
+      store_scores(shared_.weights, x, row);
+    }
+  }
+
+  // Keys [first, end) of this block are what row i of the tile sees.
+  FK_DEVICE void seen(const Rows& tile, int i, int query, float lse, int& first, int& end) const {
+    const bool sees = tile.first + i < rows_ && lse != INFINITY;
+    first = band_.first(query);
+    end = sees ? band_.end(query) : 0;
+  }
+
+  template <bool kWhole>
+  FK_DEVICE void apply(Scores& x, Scores& y, const Rows& tile, int stage, int row) const {
+    const int first_key = begin_ + score_keys() + lane() / 4;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
+    for (int c = 0; c < 2 * kScoreN; ++c) {
+      const int i = row + c / 2 * 8 + lane() % 4 * 2 + c % 2;
+      const RowNumbers numbers = shared_.rows[stage][i];
+      int first = 0, end = 0;
+      if (!kWhole) seen(tile, i, tile.rows[i].query, numbers.lse, first, end);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 8 * j + pair + i % 2;
-        const bool keep = kept >> (4 * j + i) & 1;
-        if constexpr (kByQueries) {
-          const GradientRow& row = rows_[i / 2];
-          const int key = first + column;
-          const float of_bias = rule_.template apply<T>(p_, row, key, keep, x[j][i], y[j][i]);
-          if (p_.grad_bias.data != nullptr) write_bias(row, key, of_bias);
-        } else {
-          const GradientRow& row = shared_.column_rows[column];
-          rule_.template apply<T>(p_, row, row_ + i / 2 * 8, keep, x[j][i], y[j][i]);
-        }
+      for (int k = 0; k < 2 * kScoreM; ++k) {
+        float &score = x[k / 2][c / 2][k % 2 * 2 + c % 2],
+              &grad = y[k / 2][c / 2][k % 2 * 2 + c % 2];
+        rule_.plain(numbers, score, grad);
+        const int key = first_key + 8 * k;
+        if (!kWhole && (key < first || key >= end)) score = grad = 0;
       }
     }
   }
 
-  // A bit for each element of x. A loop that stays rolled up: see drop in scores.h.
-  FK_DEVICE uint32_t keep_mask(int first) const {
+  FK_DEVICE void apply_full(Scores& x, Scores& y, const Rows& tile, int stage, int row) const {
+    const int first_key = begin_ + score_keys() + lane() / 4;
+    const uint32_t kept = keep_mask(tile, row);
+#pragma unroll
+    for (int c = 0; c < 2 * kScoreN; ++c) {
+      const int i = row + c / 2 * 8 + lane() % 4 * 2 + c % 2;
+      const RowNumbers numbers = shared_.rows[stage][i];
+      const auto [query, head] = tile.rows[i];
+      int first, end;
+      seen(tile, i, query, numbers.lse, first, end);
+      const FullRow full = make_full_row(p_, s_, query, kv_head_ * group_ + head);
+#pragma unroll
+      for (int k = 0; k < 2 * kScoreM; ++k) {
+        float &score = x[k / 2][c / 2][k % 2 * 2 + c % 2],
+              &grad = y[k / 2][c / 2][k % 2 * 2 + c % 2];
+        const int key = first_key + 8 * k;
+        if (key < first || key >= end) {
+          score = grad = 0;
+          continue;
+        }
+        const bool keep = kept >> (2 * kScoreM * c + k) & 1;
+        const float of_bias = rule_.template full<T>(p_, numbers, full, key, keep, score, grad);
+        if (p_.grad_bias.data != nullptr) *bias_gradient(full, key) = of_bias;
+      }
+    }
+  }
+
+  // A bit for each score, in apply_full's order. A loop that stays rolled up: see drop in scores.h.
+  FK_DEVICE uint32_t keep_mask(const Rows& tile, int row) const {
+    static_assert(4 * kScoreM * kScoreN <= 32);
     if (rule_.threshold == 0) return ~0u;
-    const int pair = static_cast<int>(ptx::lane_id()) % 4 * 2;
+    const int first_key = begin_ + score_keys() + lane() / 4;
     uint32_t mask = 0;
 #pragma unroll 1
-    for (int i = 0; i < kColumns / 2; ++i) {
-      const int column = i / 4 * 8 + pair + i % 2, lower = i & 2;
-      int query, head, key;
-      if constexpr (kByQueries) {
-        query = lower ? rows_[1].query : rows_[0].query;
-        head = lower ? rows_[1].head : rows_[0].head;
-        key = first + column;
-      } else {
-        query = shared_.column_rows[column].query;
-        head = shared_.column_rows[column].head;
-        key = row_ + lower * 4;
-      }
-      const bool keep = kept(p_, rule_.threshold, rule_.batch, head, query, key);
-      mask |= static_cast<uint32_t>(keep) << i;
+    for (int n = 0; n < 4 * kScoreM * kScoreN; ++n) {
+      const int c = n / (2 * kScoreM), k = n % (2 * kScoreM);
+      const auto [query, head] = tile.rows[row + c / 2 * 8 + lane() % 4 * 2 + c % 2];
+      const bool keep = kept(p_, rule_.threshold, static_cast<int>(s_.batch),
+                             kv_head_ * group_ + head, query, first_key + 8 * k);
+      mask |= static_cast<uint32_t>(keep) << n;
     }
     return mask;
   }
 
   // Every element of a whole (batch, heads, rows, keys) is one lane's own; it starts as zeros.
-  FK_DEVICE void write_bias(const GradientRow& row, int key, float x) const {
-    if (key < row.first_key || key >= row.end_key) return;
+  FK_DEVICE float* bias_gradient(const FullRow& row, int key) const {
     const BiasGradient& g = p_.grad_bias;
-    static_cast<float*>(
-        g.data)[s_.batch * g.batch + row.head * g.head + row.query * g.row + key * g.column] = x;
+    return static_cast<float*>(g.data) + s_.batch * g.batch + row.head * g.head +
+           row.query * g.row + key * g.column;
   }
 
-  FK_DEVICE T* gradient_row(int r, int row) const {
-    if constexpr (kByQueries) {
-      const Output& g = p_.grad_query;
-      return static_cast<T*>(g.data) + s_.batch * g.batch + rows_[r].head * g.head +
-             (s_.q_start + rows_[r].query) * g.row;
-    } else {
-      const Output& g = kWhat == Gradient::kKey ? p_.grad_key : p_.grad_value;
-      return static_cast<T*>(g.data) + s_.batch * g.batch + kv_head_ * g.head +
-             (s_.k_start + row) * g.row;
+  FK_DEVICE void store_scores(Tile<T, kKeys, kRows>& to, const Scores& x, int row) const {
+    constexpr int kWide = Tile<T, kKeys, kRows>::kChunkElements;
+#pragma unroll
+    for (int n = 0; n < 2 * kScoreM * kScoreN; ++n) {
+      const int m = n / kScoreN / 2, h = n / kScoreN % 2, j = n % kScoreN;
+      const int column = row + 8 * j + lane() % 4 * 2;
+      T* chunk = to.chunk(score_keys() + 16 * m + 8 * h + lane() / 4, column / kWide);
+      store_pair(chunk + column % kWide, x[m][j][2 * h], x[m][j][2 * h + 1]);
+    }
+  }
+
+  FK_DEVICE void write_query(const float (&d)[kQueryM][kQueryN][4], const Rows& tile) const {
+    const Output& g = p_.grad_query;
+    T* data = static_cast<T*>(g.data) + s_.batch * g.batch + kv_head_ * group_ * g.head +
+              s_.q_start * g.row;
+#pragma unroll
+    for (int r = 0; r < Shape::kOfRows; r += 8) {
+      const int i = row_group() + r + lane() / 4;
+      if (tile.first + i >= rows_) continue;
+      const auto [query, head] = tile.rows[i];
+      store_row(data + head * g.head + query * g.row, d, r, row_columns(), dim(),
+                static_cast<float>(p_.scale));
+    }
+  }
+
+  // Row r + lane / 4 of a warp's sums, times a factor, to columns from `column` on.
+  template <int M, int N>
+  FK_DEVICE static void store_row(T* to, const float (&d)[M][N][4], int r, int column, int dim,
+                                  float factor) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int at = column + 8 * j + lane() % 4 * 2;
+      const float* pair = d[r / 16][j] + r / 8 % 2 * 2;
+      if (at < dim) store_pair(to + at, pair[0] * factor, pair[1] * factor);
     }
   }
 
   const BackwardParams& p_;
   const Sequence& s_;
-  GradientRule rule_;
   Shared& shared_;
-  KeyRows<T> keys_, values_;
+  KeyBand band_;
+  GradientRule rule_;
   QueryRows<T> queries_, grads_;
-  int kv_head_, query_rows_, begin_, row_;
+  int kv_head_, group_, rows_, begin_, warp_;
   bool aligned_;
-  GradientRow rows_[2];
-  Out<kDim> sums_ = {};
+  const RowNumbers* numbers_;
+  float* sums_;
+  int* turns_;
+  float key_sums_[kSumM][kSumN][4] = {}, value_sums_[kSumM][kSumN][4] = {};
 };
 
-// One block at least: left to itself, ptxas spills to fit more of them.
-template <class T, int kDim, Gradient kWhat>
-__global__ void __launch_bounds__(32 * BackwardStorage<T, kDim>::kWarps, 1)
-    backward(const __grid_constant__ BackwardParams p, const int blocks, const bool aligned) {
-  using Block = BackwardBlock<T, kDim, kWhat>;
-  const int64_t head = blockIdx.x / blocks;
-  const int begin = static_cast<int>(blockIdx.x % blocks) * Block::kRows;
+template <class T, int kDim, bool kFull>
+__global__ void __launch_bounds__(32 * BackwardShape<T, kDim>::kWarps, 1)
+    backward(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardPlan plan,
+             const bool aligned) {
+  using Block = BackwardBlock<T, kDim, kFull>;
+  auto& shared = ptx::shared_storage<typename Block::Shared>();
+  if (threadIdx.x == 0) shared.ticket = atomicAdd(p.turns, 1);
+  __syncthreads();
+  const int ticket = shared.ticket, head = ticket / plan.blocks_per_head;
+  const int begin = (plan.blocks_per_head - 1 - ticket % plan.blocks_per_head) * Block::kKeys;
   const Sequence s = sequence_of(p, head / p.kv_heads);
-  if (begin >= (Block::kByQueries ? p.group() * s.q_length : s.k_length)) return;
-  Block block(p, s, static_cast<int>(head % p.kv_heads), begin, aligned);
+  if (begin >= s.k_length) return;
+  Block block(p, plan, s, static_cast<int>(head % p.kv_heads), begin, aligned);
   block.run();
   block.write();
 }
 
-template <class T, int kDim, Gradient kWhat>
-void launch_gradient(const BackwardParams& p, int64_t rows, GpuStream stream) {
-  using Shared = BackwardStorage<T, kDim>;
-  const int tile = 16 * Shared::kWarps;
-  const int blocks = static_cast<int>((rows + tile - 1) / tile);
-  const int64_t all = p.batch * p.kv_heads * blocks;
-  if (all == 0) return;
+template <class T, int kDim, bool kFull>
+void launch_gradients(const BackwardParams& p, const BackwardPlan& plan, GpuStream stream) {
+  const int64_t blocks = p.batch * p.kv_heads * plan.blocks_per_head;
+  if (blocks == 0) return;
   bool aligned = true;
   for (const Matrix* m : {&p.query, &p.key, &p.value, &p.grad_output}) {
     aligned = aligned && rows_aligned(*m, sizeof(T));
   }
-  ptx::launch(backward<T, kDim, kWhat>,
-              {static_cast<unsigned>(all), 32u * Shared::kWarps, sizeof(Shared)}, stream, p, blocks,
-              aligned);
+  constexpr unsigned kThreads = 32 * BackwardShape<T, kDim>::kWarps;
+  ptx::launch(backward<T, kDim, kFull>,
+              {static_cast<unsigned>(blocks), kThreads, sizeof(BackwardStorage<T, kDim>)}, stream,
+              p, plan, aligned);
 }
 
+// One source for each dtype, backward_*.cu.
 template <class T, int kDim>
-void launch_gradients(const BackwardParams& p, GpuStream stream) {
-  launch_gradient<T, kDim, Gradient::kValue>(p, p.seq_k, stream);
-  launch_gradient<T, kDim, Gradient::kKey>(p, p.seq_k, stream);
-  launch_gradient<T, kDim, Gradient::kQuery>(p, p.group() * p.seq_q, stream);
+void launch_bucket(const BackwardParams& p, const BackwardPlan& plan, GpuStream stream) {
+  const bool plain = p.softcap == 0 && p.dropout_p == 0 && p.bias.kind == BiasKind::kNone &&
+                     p.alibi_slopes == nullptr;
+  plain ? launch_gradients<T, kDim, false>(p, plan, stream)
+        : launch_gradients<T, kDim, true>(p, plan, stream);
+}
+
+template <class T>
+void gradients_of(const BackwardParams& p, const BackwardPlan& plan, GpuStream stream) {
+  if (plan.dim == 32) return launch_bucket<T, 32>(p, plan, stream);
+  if (plan.dim == 64) return launch_bucket<T, 64>(p, plan, stream);
+  if (plan.dim == 128) return launch_bucket<T, 128>(p, plan, stream);
+  launch_bucket<T, 256>(p, plan, stream);
 }
 
 }  // namespace flashkern::attention::sm80

@@ -2,9 +2,6 @@
 
 namespace flashkern::attention::sm80 {
 
-template void launch_gradients<BFloat16, 32>(const BackwardParams&, GpuStream);
-template void launch_gradients<BFloat16, 64>(const BackwardParams&, GpuStream);
-template void launch_gradients<BFloat16, 128>(const BackwardParams&, GpuStream);
-template void launch_gradients<BFloat16, 256>(const BackwardParams&, GpuStream);
+template void gradients_of<BFloat16>(const BackwardParams&, const BackwardPlan&, GpuStream);
 
 }  // namespace flashkern::attention::sm80

@@ -2,9 +2,6 @@
 
 namespace flashkern::attention::sm80 {
 
-template void launch_gradients<Half, 32>(const BackwardParams&, GpuStream);
-template void launch_gradients<Half, 64>(const BackwardParams&, GpuStream);
-template void launch_gradients<Half, 128>(const BackwardParams&, GpuStream);
-template void launch_gradients<Half, 256>(const BackwardParams&, GpuStream);
+template void gradients_of<Half>(const BackwardParams&, const BackwardPlan&, GpuStream);
 
 }  // namespace flashkern::attention::sm80

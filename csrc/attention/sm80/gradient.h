@@ -1,29 +1,66 @@
-// From a product of a query and a key to what the backward pass multiplies: probabilities and the
-// gradients of logits, recomputed element by element.
+// From a product of a query and a key, and one of dO and a value, to what the backward pass
+// multiplies: probabilities and the gradients of logits, recomputed element by element.
 #pragma once
 
 #include "attention/sm80/scores.h"
 
 namespace flashkern::attention::sm80 {
 
-// A query row of the backward pass. Rows past the last see no key.
-struct GradientRow : Row {
-  float lse = 0;    // in units of log2
-  float delta = 0;  // rowsum(dO * O) - grad_lse
+// What row_deltas leaves of a query row.
+struct alignas(8) RowNumbers {
+  float lse;    // in units of log2; +inf where the row attends to nothing: 2^(x - lse) = 0
+  float delta;  // rowsum(dO * O) - grad_lse
 };
 
-FK_DEVICE int64_t row_value_at(const RowValues& v, const Sequence& s, const Row& row) {
-  return s.batch * v.batch + row.head * v.head + s.q_start + row.query;
-}
+// The band of a mask in 32 bits: what a query sees begins at query + low and ends at query + high.
+struct KeyBand {
+  int low, high, keys;
 
-FK_DEVICE GradientRow make_gradient_row(const BackwardParams& p, const Sequence& s, int kv_head,
-                                        int r, int end) {
-  GradientRow row;
-  static_cast<Row&>(row) = make_row(p, s, kv_head, r < end ? r : end - 1);
-  const float lse = static_cast<const float*>(p.lse.data)[row_value_at(p.lse, s, row)];
-  row.lse = lse * static_cast<float>(kLog2e);
-  row.delta = static_cast<const float*>(p.delta.data)[row_value_at(p.delta, s, row)];
-  if (r >= end || lse == -INFINITY) row.first_key = row.end_key = 0;
+  FK_DEVICE KeyBand(const Problem& p, const Sequence& s) : keys(static_cast<int>(s.k_length)) {
+    constexpr int64_t kFar = 1 << 30;
+    const Band b(p, s);
+    low = static_cast<int>(b.left < 0 ? -kFar : std::clamp(b.offset - b.left, -kFar, kFar));
+    high = static_cast<int>(b.right < 0 ? kFar : std::clamp(b.offset + b.right + 1, -kFar, kFar));
+  }
+  FK_DEVICE int first(int query) const { return min(max(query + low, 0), keys); }
+  FK_DEVICE int end(int query) const { return min(max(query + high, 0), keys); }
+};
+
+// A tile of the packed rows of a KV head: row r is query r / group of the group's head r % group.
+class PackedRows {
+ public:
+  struct Place {
+    int query, head;  // the head within its group
+  };
+
+  FK_DEVICE PackedRows(int first, int group)
+      : query_(first / group), head_(first - query_ * group), group_(group) {}
+
+  // Row i of the tile: a product in place of a division, exact for the few rows of a tile.
+  FK_DEVICE Place operator[](int i) const {
+    if (group_ == 1) return {query_ + i, 0};
+    const uint32_t inverse = 0xffffffffu / static_cast<uint32_t>(group_) + 1;
+    const int queries = static_cast<int>(__umulhi(static_cast<uint32_t>(head_ + i), inverse));
+    return {query_ + queries, head_ + i - queries * group_};
+  }
+
+ private:
+  int query_, head_, group_;
+};
+
+// A query row that meets scores which more than scale and mask make.
+struct FullRow {
+  int query, head;
+  float slope;   // of ALiBi, in units of log2
+  int64_t bias;  // where the row's bias starts
+};
+
+FK_DEVICE FullRow make_full_row(const Problem& p, const Sequence& s, int query, int head) {
+  FullRow row{query, head, 0, s.batch * p.bias.batch + head * p.bias.head + query * p.bias.row};
+  if (p.alibi_slopes != nullptr) {
+    row.slope =
+        p.alibi_slopes[s.batch * p.alibi_batch + head * p.alibi_head] * static_cast<float>(kLog2e);
+  }
   return row;
 }
 
@@ -31,25 +68,27 @@ FK_DEVICE GradientRow make_gradient_row(const BackwardParams& p, const Sequence&
 struct GradientRule {
   float scale, cap, keep;
   uint64_t threshold;
-  int batch, offset;
+  int offset;
 
   FK_DEVICE GradientRule(const BackwardParams& p, const Sequence& s)
       : scale(static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e)),
         cap(static_cast<float>(p.softcap * kLog2e)),
         keep(p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f),
         threshold(p.dropout_p > 0 ? dropout_threshold(p.dropout_p) : 0),
-        batch(static_cast<int>(s.batch)),
         offset(static_cast<int>(s.offset)) {}
 
-  // x: the product of query and key, becomes P as dropout left it; y: that of dO and value, becomes
-  // the gradient of x / scale. Returns that of the bias, which is added after the cap.
+  // x: the product of query and key, becomes P; y: that of dO and value, becomes the gradient of
+  // x / scale.
+  FK_DEVICE void plain(const RowNumbers& row, float& x, float& y) const {
+    x = ptx::fast_exp2(fmaf(x, scale, -row.lse));
+    y = x * (y - row.delta);
+  }
+
+  // The same with all that changes a logit; P as dropout left it. Returns the gradient of the bias,
+  // which is added after the cap.
   template <class T>
-  FK_DEVICE float apply(const BackwardParams& p, const GradientRow& row, int key, bool kept,
-                        float& x, float& y) const {
-    if (key < row.first_key || key >= row.end_key) {
-      x = y = 0;
-      return 0;
-    }
+  FK_DEVICE float full(const BackwardParams& p, const RowNumbers& numbers, const FullRow& row,
+                       int key, bool kept, float& x, float& y) const {
     float logit = x * scale, slope = 1;
     if (cap > 0) {
       const float t = tanhf(logit);
@@ -60,10 +99,10 @@ struct GradientRule {
     if (p.bias.kind != BiasKind::kNone) {
       logit += bias_element<T>(p.bias, row.bias + key * p.bias.column);
     }
-    const float probability = ptx::fast_exp2(logit - row.lse);
+    const float probability = ptx::fast_exp2(logit - numbers.lse);
     const float factor = kept ? keep : 0.0f;
     x = probability * factor;
-    const float of_bias = probability * (y * factor - row.delta);
+    const float of_bias = probability * (y * factor - numbers.delta);
     y = of_bias * slope;
     return of_bias;
   }
