@@ -147,8 +147,8 @@ def numbers(
 
 
 def seed_for(query: Tensor, dropout_p: float) -> Tensor | None:
-    """A seed where dropout is on."""
-    return draw_seed() if dropout_p else None
+    """A seed where dropout is on, on the device of ``query``."""
+    return draw_seed(query.device) if dropout_p else None
 
 
 def optional(

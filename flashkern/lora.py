@@ -45,7 +45,8 @@ def lora_linear(
         bias: (out,), of x's dtype.
         scaling: a finite number, often ``lora_alpha / rank``.
         dropout_p: probability in [0, 1] that an element of x is left out of the adapter's product;
-            those kept are divided by ``1 - dropout_p``. The seed comes from torch's generator.
+            those kept are divided by ``1 - dropout_p``. The seed comes from torch's generator
+            of the device of ``x``.
 
     Returns:
         (..., out) in x's dtype, summed in float32.
@@ -71,7 +72,7 @@ def lora_linear(
         raise ValueError(f"lora_linear: scaling must be a finite number, got {scaling!r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"lora_linear: dropout_p must lie in [0, 1], got {dropout_p}")
-    seed = draw_seed() if dropout_p > 0.0 else None
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
     return _forward(x, weight, lora_a, lora_b, bias, None, None, scaling, dropout_p, seed)[0]
 
 

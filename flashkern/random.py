@@ -13,9 +13,12 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def draw_seed() -> Tensor:
-    """Draws a dropout seed, an int64 CPU tensor of one element, from torch's default generator."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+def draw_seed(device: torch.device | None = None) -> Tensor:
+    """Draws a dropout seed, an int64 tensor of one element, from the generator of a device.
+
+    On a GPU nothing waits for it: kernels read it there, and a replayed CUDA graph draws anew.
+    """
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def _mul(m: int, x: Tensor) -> tuple[Tensor, Tensor]:

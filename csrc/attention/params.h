@@ -65,7 +65,7 @@ struct Problem {
   const double* sinks_double = nullptr;  // the same for float64
 
   double dropout_p = 0;
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;  // where the call runs: a captured graph draws it anew
 
   FK_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };

@@ -20,7 +20,7 @@
 namespace flashkern {
 
 struct LoraDropout {
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;  // where the call runs: a captured graph draws it anew
   uint64_t threshold = 0;  // a value stays when its random word is at least this; 0: no dropout
 };
 

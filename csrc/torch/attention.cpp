@@ -241,7 +241,7 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
   p.bias = bias_of(a.bias, a.query);
   set_sinks(p, a.sinks);
   set_alibi(p, a.alibi_slopes);
-  if (a.seed.has_value()) p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
+  if (a.seed.has_value()) p.seed = seed_of(*a.seed, a.query);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(

@@ -32,6 +32,14 @@ inline bool on_gpu(const Tensor& t) { return kEmulated || t.is_cuda(); }
 // Whether this process may read the tensor's memory: the emulated GPU's lies in front of it.
 inline bool host_readable(const Tensor& t) { return t.is_cpu(); }
 
+// A dropout seed: one int64 in the memory of the device that the call runs on.
+inline const uint64_t* seed_of(const Tensor& seed, const Tensor& like) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1 &&
+                      seed.is_cuda() == like.is_cuda(),
+                  "dropout: the seed must be one int64 on the device of the tensors");
+  return static_cast<const uint64_t*>(seed.const_data_ptr());
+}
+
 // While it lives, the tensor's GPU is the current one; `stream()` is torch's current stream there.
 class GpuScope {
  public:

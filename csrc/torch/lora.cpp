@@ -59,10 +59,6 @@ struct RowView {
   }
 };
 
-uint64_t seed_of(const Tensor& seed) {
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-}
-
 Tensor multiply(const Tensor& t, double factor) {
   using torch::stable::detail::from;
   const Tensor number = torch::stable::fill_(empty<1>(t, {1}, t.scalar_type()), factor);
@@ -91,7 +87,7 @@ struct Adapters {
     double kept = 1.0;
     if (dropout_p > 0.0) {
       STD_TORCH_CHECK(seed.has_value(), "lora_linear: dropout needs a seed");
-      dropout.seed = seed_of(*seed);
+      dropout.seed = seed_of(*seed, lora_a);
       dropout.threshold = dropout_threshold(dropout_p);
       kept = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
     }

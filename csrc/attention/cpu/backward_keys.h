@@ -197,7 +197,7 @@ class KeyBlock {
       fill_addend(head, row);
     }
     if (p_.dropout_p > 0) {
-      philox_row(p_.seed, begin_, live_, static_cast<uint32_t>(row), static_cast<uint32_t>(head),
+      philox_row(*p_.seed, begin_, live_, static_cast<uint32_t>(row), static_cast<uint32_t>(head),
                  static_cast<uint32_t>(s_.batch), t_.words);
       x.words = t_.words;
       x.threshold = dropout_threshold(p_.dropout_p);

@@ -75,8 +75,8 @@ class DecodeRow {
   // `begin` is a multiple of 4. `spare` holds the random words of n keys, rounded up.
   void drop(float* s, float* spare, int64_t begin, int64_t n) const {
     auto* words = reinterpret_cast<uint32_t*>(spare);
-    philox_row(problem_.seed, begin, n, static_cast<uint32_t>(query_), static_cast<uint32_t>(head_),
-               static_cast<uint32_t>(batch_), words);
+    philox_row(*problem_.seed, begin, n, static_cast<uint32_t>(query_),
+               static_cast<uint32_t>(head_), static_cast<uint32_t>(batch_), words);
     const uint64_t threshold = dropout_threshold(problem_.dropout_p);
     for (int64_t j = 0; j < n; ++j) s[j] = words[j] >= threshold ? s[j] : 0.f;
   }

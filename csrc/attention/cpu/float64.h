@@ -28,7 +28,7 @@ inline double bias_value(const Problem& p, int64_t b, int64_t h, int64_t i, int6
 }
 
 inline bool keeps(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  const Philox4 words = philox(p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i),
+  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i),
                                static_cast<uint32_t>(h), static_cast<uint32_t>(b));
   return words.word[j % 4] >= dropout_threshold(p.dropout_p);
 }

@@ -152,7 +152,7 @@ inline void apply_dropout(float* s, int64_t begin, int64_t n, const HeadView& vi
     const VecU head = reinterpret_cast<VecU>(load_int(rows.head + v));
     for (int64_t j = 0; j < n; j += 4) {
       const VecU quad = VecU{} + static_cast<uint32_t>((begin + j) / 4);
-      const PhiloxWords words = philox_words(p.seed, quad, query, head, VecU{} + batch);
+      const PhiloxWords words = philox_words(*p.seed, quad, query, head, VecU{} + batch);
       for (int64_t k = 0; k < 4 && j + k < n; ++k) {
         float* at = s + (j + k) * kPanel + v;
         store(at, keep(words.word[k], threshold, load(at)));

@@ -127,7 +127,7 @@ FK_DEVICE void online_softmax(float (&s)[N][4], Row (&rows)[2], float (&factor)[
 
 // Whether dropout keeps the probability of (query, head, key). Four keys share a counter.
 FK_DEVICE bool kept(const Problem& p, uint64_t threshold, int batch, int head, int query, int key) {
-  const Philox4 words = philox(p.seed, static_cast<uint32_t>(key / 4), query, head, batch);
+  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(key / 4), query, head, batch);
   const uint32_t low = key % 2 ? words.word[1] : words.word[0];
   const uint32_t high = key % 2 ? words.word[3] : words.word[2];
   return (key % 4 < 2 ? low : high) >= threshold;

@@ -25,7 +25,7 @@ Pointers pointers(const LoraAdapters& adapters, int64_t n, int64_t in, int64_t o
 bool keep(const LoraDropout& dropout, int64_t row, int64_t col) {
   if (dropout.threshold == 0) return true;
   const Philox4 words =
-      philox(dropout.seed, static_cast<uint32_t>(col / 4), static_cast<uint32_t>(row), 0, 0);
+      philox(*dropout.seed, static_cast<uint32_t>(col / 4), static_cast<uint32_t>(row), 0, 0);
   return words.word[col % 4] >= dropout.threshold;
 }
 

@@ -153,7 +153,7 @@ inline void keep_tile(const LoraDropout& dropout, const Rows& rows, int64_t col,
   const VecU below = VecU{} + static_cast<uint32_t>(dropout.threshold - 1);
   for (int64_t i = 0; i < rows.count; ++i) {
     uint32_t* words = mask + i * pitch;
-    philox_row(dropout.seed, col, cols, static_cast<uint32_t>(rows[i]), 0, 0, words);
+    philox_row(*dropout.seed, col, cols, static_cast<uint32_t>(rows[i]), 0, 0, words);
     for (int64_t j = 0; j < cols; j += kLanes) {
       VecU word;
       std::memcpy(&word, words + j, sizeof word);

@@ -59,7 +59,7 @@ struct Factor {
 };
 
 struct Keep {
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;
   bool all = true;     // no dropout
   uint32_t below = 0;  // a word up to here drops its element
 
@@ -69,7 +69,7 @@ struct Keep {
 
   // The words of columns [4 quad, 4 quad + 4) of a row.
   FK_DEVICE Philox4 words(int64_t row, int64_t quad) const {
-    return philox(seed, static_cast<uint32_t>(quad), static_cast<uint32_t>(row), 0, 0);
+    return philox(*seed, static_cast<uint32_t>(quad), static_cast<uint32_t>(row), 0, 0);
   }
 };
 
