@@ -63,39 +63,39 @@ class BackwardBlock {
   FK_DEVICE BackwardBlock(const BackwardParams& p, const BackwardPlan& plan, const Sequence& s,
                           int kv_head, int begin, bool aligned)
       : p_(p),
+        plan_(plan),
         s_(s),
         shared_(ptx::shared_storage<Shared>()),
         band_(p, s),
-        rule_(p, s),
-        queries_(p, p.query, s, kv_head),
-        grads_(p, p.grad_output, s, kv_head),
-        kv_head_(kv_head),
+        queries_(QueryRows<T>(p, p.query, s, kv_head).data),
+        grads_(QueryRows<T>(p, p.grad_output, s, kv_head).data),
         group_(static_cast<int>(p.group())),
+        kv_head_(kv_head),
         rows_(static_cast<int>(p.group() * s.q_length)),
         begin_(begin),
-        warp_(static_cast<int>(ptx::warp_id())),
-        aligned_(aligned) {
-    const int64_t tile = kv_head * plan.head_tiles + plan.first_tile(p, s);
-    numbers_ = reinterpret_cast<const RowNumbers*>(p.workspace) + kv_head * plan.head_rows +
-               plan.first_row(p, s);
-    sums_ = p.workspace + plan.sums + tile * (kRows * kDim);
-    turns_ = p.turns + 1 + tile;
-  }
+        warp_(static_cast<int>(ptx::warp_id() % Shape::kWarps)),
+        aligned_(aligned),
+        first_tile_(static_cast<int>(kv_head * plan.head_tiles + plan.first_tile(p, s))),
+        numbers_(plan.numbers(p, s, kv_head)) {}
 
   FK_DEVICE void run() {
     const Interval rows = Band(p_, s_).rows(begin_, begin_ + kKeys);
     if (rows.empty()) return;
-    const int first = static_cast<int>(rows.begin * group_) / kRows;
-    const int end = static_cast<int>((rows.end * group_ + kRows - 1) / kRows);
+    const int first = static_cast<int>(rows.begin) * group_.heads / kRows;
+    const int end = (static_cast<int>(rows.end) * group_.heads + kRows - 1) / kRows;
     const int keys = static_cast<int>(s_.k_length);
     copy_tile(shared_.keys, KeyRows<T>(p_, p_.key, s_, kv_head_), begin_, keys, dim(), aligned_);
     copy_tile(shared_.values, KeyRows<T>(p_, p_.value, s_, kv_head_), begin_, keys, value_dim(),
               aligned_);
-    copy_rows(first, 0);
+    const int query = first * kRows / group_.heads;
+    Place start{query, first * kRows - query * group_.heads};
+    copy_rows(first, start, 0);
     int stage = 0;
     Turn turn;  // whose sums are stored, but which is not passed on
     for (int index = first; index < end; ++index) {
-      turn = step(index, end, stage, turn);
+      const Rows tile(band_, group_, start, rows_ - index * kRows, begin_);
+      start = start.after(kRows, group_);
+      turn = step(tile, index, index + 1 < end, start, stage, turn);
       if (kStages == 2) stage ^= 1;
     }
     __syncthreads();
@@ -112,7 +112,7 @@ class BackwardBlock {
       if (key >= s_.k_length) continue;
       T* keys = static_cast<T*>(of_key.data) + key_at + (s_.k_start + key) * of_key.row;
       T* values = static_cast<T*>(of_value.data) + value_at + (s_.k_start + key) * of_value.row;
-      store_row(keys, key_sums_, r, key_columns(), dim(), static_cast<float>(p_.scale));
+      store_row(keys, key_sums_, r, key_columns(), dim(), plan_.rule.product);
       store_row(values, value_sums_, r, key_columns(), value_dim(), 1.0f);
     }
   }
@@ -120,11 +120,14 @@ class BackwardBlock {
  private:
   static constexpr int kScoreM = Shape::kScoreKeys / 16, kScoreN = Shape::kScoreRows / 8;
   static constexpr int kSumM = Shape::kOfKeys / 16, kSumN = Shape::kKeyColumns / 8;
-  static constexpr int kQueryM = Shape::kOfRows / 16, kQueryN = Shape::kRowColumns / 8;
+  static constexpr int kQueryM = Shape::kOfRows / 16;
+  // In two passes where registers are dear: one set of sums more would spill.
+  static constexpr int kQueryN =
+      Shape::kRowColumns / ((kFull || kDim > 128) && Shape::kRowColumns > 32 ? 16 : 8);
   using Rows = QueryTile<kKeys, kRows>;
   using Scores = float[kScoreM][kScoreN][4];
 
-  FK_DEVICE static int lane() { return static_cast<int>(ptx::lane_id()); }
+  FK_DEVICE static int lane() { return lane_of_warp(); }
   FK_DEVICE int dim() const { return static_cast<int>(p_.head_dim); }
   FK_DEVICE int value_dim() const { return static_cast<int>(p_.value_dim); }
 
@@ -141,47 +144,51 @@ class BackwardBlock {
   }
 
   // Queries, dO and the numbers of a tile; nothing past the last row.
-  FK_DEVICE void copy_rows(int index, int stage) {
+  FK_DEVICE void copy_rows(int index, Place start, int stage) {
     using Shape = Tile<T, kRows, kDim>;
     constexpr int kStep = kThreads / Shape::kChunks;
-    const int first = index * kRows, thread = static_cast<int>(threadIdx.x);
-    const PackedRows rows(first, group_);
+    const int rows = rows_ - index * kRows, thread = static_cast<int>(threadIdx.x);
     const int chunk = thread % Shape::kChunks, column = chunk * Shape::kChunkElements;
+    const auto copy = [&](int r, auto&& copy_chunk) {
+      const Place place = start.after(r, group_);
+      const bool left = r < rows && column < dim(), right = r < rows && column < value_dim();
+      copy_chunk(shared_.queries[stage].chunk(r, chunk),
+                 left ? queries_ + place.at(p_.query) + column : queries_, left);
+      copy_chunk(shared_.grads[stage].chunk(r, chunk),
+                 right ? grads_ + place.at(p_.grad_output) + column : grads_, right);
+    };
+    const int first = thread / Shape::kChunks;
+    if (aligned_) {
 #pragma unroll
-    for (int i = 0; i < kRows; i += kStep) {
-      const int r = i + thread / Shape::kChunks;
-      const auto [query, head] = rows[r];
-      const bool there = first + r < rows_;
-      copy_chunk(shared_.queries[stage].chunk(r, chunk), queries_, query, head, column,
-                 there && column < dim());
-      copy_chunk(shared_.grads[stage].chunk(r, chunk), grads_, query, head, column,
-                 there && column < value_dim());
+      for (int i = 0; i < kRows; i += kStep) {
+        copy(first + i, [](T* to, const T* from, bool there) {
+          ptx::copy_async<16>(to, from, there ? 16 : 0);
+        });
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRows; i += kStep) {
+        copy(first + i, [](T* to, const T* from, bool there) {
+          copy_slowly(to, from, there ? Shape::kChunkElements : 0);
+        });
+      }
     }
     if (thread < kRows) {
-      const bool there = first + thread < rows_;
-      ptx::copy_async<8>(&shared_.rows[stage][thread], numbers_ + (there ? first + thread : 0),
-                         there ? 8 : 0);
+      ptx::copy_async<8>(&shared_.rows[stage][thread],
+                         numbers_ + (thread < rows ? index * kRows + thread : 0),
+                         thread < rows ? 8 : 0);
     }
     ptx::copy_commit();
   }
 
-  FK_DEVICE void copy_chunk(T* to, const QueryRows<T>& rows, int query, int head, int column,
-                            bool there) {
-    const T* from = there ? rows.data + head * rows.head + query * rows.row + column : rows.data;
-    if (aligned_) {
-      ptx::copy_async<16>(to, from, there ? 16 : 0);
-    } else {
-      copy_slowly(to, from, there ? static_cast<int>(16 / sizeof(T)) : 0);
-    }
-  }
-
-  FK_DEVICE Turn step(int index, int end, int stage, Turn last) {
-    const Rows tile(band_, index, rows_, group_, begin_);
-    const Turn turn{turns_ + index, tile.last_block - begin_ / kKeys, tile.blocks};
+  // Tile `index`; the next one, if there is one, starts at `next`.
+  FK_DEVICE Turn step(const Rows& tile, int index, bool more, Place next, int stage, Turn last) {
+    const Turn turn{p_.turns + 1 + first_tile_ + index, tile.last_block - begin_ / kKeys,
+                    tile.blocks};
     ptx::copy_wait<0>();
     const bool blind = threadIdx.x < kRows && shared_.rows[stage][threadIdx.x].lse == INFINITY;
     const bool whole = __syncthreads_and(!blind) && tile.whole;  // this tile is here, sums stored
-    if (kStages == 2 && index + 1 < end) copy_rows(index + 1, stage ^ 1);
+    if (kStages == 2 && more) copy_rows(index + 1, next, stage ^ 1);
     if (threadIdx.x == 0) last.pass();
     if (threadIdx.x == 32) turn.wait();
 #pragma unroll 1
@@ -189,22 +196,27 @@ class BackwardBlock {
       differentiate(tile, stage, part + score_rows(), whole);
     }
     __syncthreads();  // P and dS are here, and so is the turn
-    float d[kQueryM][kQueryN][4] = {};
-    float* sums = sums_ + (index * Shape::kWarps + warp_) * (kQueryM * kQueryN * 128);
-    if (!turn.first()) load_sums(d, sums);
     if constexpr (!Shape::kHeld) {
       multiply<Stored::kByRows, Stored::kByK, kRows>(value_sums_, shared_.weights, key_group(),
                                                      shared_.grads[stage], key_columns());
       multiply<Stored::kByRows, Stored::kByK, kRows>(key_sums_, shared_.logits, key_group(),
                                                      shared_.queries[stage], key_columns());
     }
-    if constexpr (kStages == 1) {
-      if constexpr (!Shape::kHeld) __syncthreads();  // nobody reads the tile any more
-      if (index + 1 < end) copy_rows(index + 1, 0);
+#pragma unroll 1
+    for (int column = 0; column < Shape::kRowColumns; column += 8 * kQueryN) {
+      float d[kQueryM][kQueryN][4] = {};
+      const int64_t part = int64_t{first_tile_ + index} * (kRows * kDim) +
+                           warp_ * (Shape::kOfRows * Shape::kRowColumns) + Shape::kOfRows * column;
+      float* sums = p_.workspace + plan_.sums + part;
+      if (!turn.first()) load_sums(d, sums);
+      if (kStages == 1 && column == 0) {
+        if (!Shape::kHeld) __syncthreads();  // nobody reads the tile any more
+        if (more) copy_rows(index + 1, next, 0);
+      }
+      multiply<Stored::kByK, Stored::kByK, kKeys>(d, shared_.logits, row_group(), shared_.keys,
+                                                  row_columns() + column);
+      turn.last() ? write_query(d, tile, row_columns() + column) : store_sums(d, sums);
     }
-    multiply<Stored::kByK, Stored::kByK, kKeys>(d, shared_.logits, row_group(), shared_.keys,
-                                                row_columns());
-    turn.last() ? write_query(d, tile) : store_sums(d, sums);
     return turn;
   }
 
@@ -232,11 +244,10 @@ class BackwardBlock {
     }
   }
 
-  // Keys [first, end) of this block are what row i of the tile sees.
+  // Row i of the tile sees keys [first, end).
   FK_DEVICE void seen(const Rows& tile, int i, int query, float lse, int& first, int& end) const {
-    const bool sees = tile.first + i < rows_ && lse != INFINITY;
     first = band_.first(query);
-    end = sees ? band_.end(query) : 0;
+    end = i < tile.rows && lse != INFINITY ? band_.end(query) : 0;
   }
 
   template <bool kWhole>
@@ -247,12 +258,12 @@ class BackwardBlock {
       const int i = row + c / 2 * 8 + lane() % 4 * 2 + c % 2;
       const RowNumbers numbers = shared_.rows[stage][i];
       int first = 0, end = 0;
-      if (!kWhole) seen(tile, i, tile.rows[i].query, numbers.lse, first, end);
+      if (!kWhole) seen(tile, i, tile.start.after(i, group_).query, numbers.lse, first, end);
 #pragma unroll
       for (int k = 0; k < 2 * kScoreM; ++k) {
         float &score = x[k / 2][c / 2][k % 2 * 2 + c % 2],
               &grad = y[k / 2][c / 2][k % 2 * 2 + c % 2];
-        rule_.plain(numbers, score, grad);
+        plan_.rule.plain(numbers, score, grad);
         const int key = first_key + 8 * k;
         if (!kWhole && (key < first || key >= end)) score = grad = 0;
       }
@@ -266,10 +277,10 @@ class BackwardBlock {
     for (int c = 0; c < 2 * kScoreN; ++c) {
       const int i = row + c / 2 * 8 + lane() % 4 * 2 + c % 2;
       const RowNumbers numbers = shared_.rows[stage][i];
-      const auto [query, head] = tile.rows[i];
+      const auto [query, head] = tile.start.after(i, group_);
       int first, end;
       seen(tile, i, query, numbers.lse, first, end);
-      const FullRow full = make_full_row(p_, s_, query, kv_head_ * group_ + head);
+      const FullRow full = make_full_row(p_, s_, query, kv_head_ * group_.heads + head);
 #pragma unroll
       for (int k = 0; k < 2 * kScoreM; ++k) {
         float &score = x[k / 2][c / 2][k % 2 * 2 + c % 2],
@@ -280,7 +291,8 @@ class BackwardBlock {
           continue;
         }
         const bool keep = kept >> (2 * kScoreM * c + k) & 1;
-        const float of_bias = rule_.template full<T>(p_, numbers, full, key, keep, score, grad);
+        const float of_bias =
+            plan_.rule.template full<T>(p_, numbers, full, key, keep, score, grad);
         if (p_.grad_bias.data != nullptr) *bias_gradient(full, key) = of_bias;
       }
     }
@@ -289,15 +301,16 @@ class BackwardBlock {
   // A bit for each score, in apply_full's order. A loop that stays rolled up: see drop in scores.h.
   FK_DEVICE uint32_t keep_mask(const Rows& tile, int row) const {
     static_assert(4 * kScoreM * kScoreN <= 32);
-    if (rule_.threshold == 0) return ~0u;
+    if (plan_.rule.threshold == 0) return ~0u;
     const int first_key = begin_ + score_keys() + lane() / 4;
     uint32_t mask = 0;
 #pragma unroll 1
     for (int n = 0; n < 4 * kScoreM * kScoreN; ++n) {
       const int c = n / (2 * kScoreM), k = n % (2 * kScoreM);
-      const auto [query, head] = tile.rows[row + c / 2 * 8 + lane() % 4 * 2 + c % 2];
-      const bool keep = kept(p_, rule_.threshold, static_cast<int>(s_.batch),
-                             kv_head_ * group_ + head, query, first_key + 8 * k);
+      const int i = row + c / 2 * 8 + lane() % 4 * 2 + c % 2;
+      const auto [query, head] = tile.start.after(i, group_);
+      const bool keep = kept(p_, plan_.rule.threshold, static_cast<int>(s_.batch),
+                             kv_head_ * group_.heads + head, query, first_key + 8 * k);
       mask |= static_cast<uint32_t>(keep) << n;
     }
     return mask;
@@ -321,17 +334,16 @@ class BackwardBlock {
     }
   }
 
-  FK_DEVICE void write_query(const float (&d)[kQueryM][kQueryN][4], const Rows& tile) const {
+  FK_DEVICE void write_query(const float (&d)[kQueryM][kQueryN][4], const Rows& tile,
+                             int column) const {
     const Output& g = p_.grad_query;
-    T* data = static_cast<T*>(g.data) + s_.batch * g.batch + kv_head_ * group_ * g.head +
+    T* data = static_cast<T*>(g.data) + s_.batch * g.batch + kv_head_ * group_.heads * g.head +
               s_.q_start * g.row;
 #pragma unroll
     for (int r = 0; r < Shape::kOfRows; r += 8) {
       const int i = row_group() + r + lane() / 4;
-      if (tile.first + i >= rows_) continue;
-      const auto [query, head] = tile.rows[i];
-      store_row(data + head * g.head + query * g.row, d, r, row_columns(), dim(),
-                static_cast<float>(p_.scale));
+      if (i >= tile.rows) continue;
+      store_row(data + tile.start.after(i, group_).at(g), d, r, column, dim(), plan_.rule.product);
     }
   }
 
@@ -348,16 +360,16 @@ class BackwardBlock {
   }
 
   const BackwardParams& p_;
+  const BackwardPlan& plan_;
   const Sequence& s_;
   Shared& shared_;
   KeyBand band_;
-  GradientRule rule_;
-  QueryRows<T> queries_, grads_;
-  int kv_head_, group_, rows_, begin_, warp_;
+  const T *queries_, *grads_;
+  Group group_;
+  int kv_head_, rows_, begin_, warp_;
   bool aligned_;
+  int first_tile_;
   const RowNumbers* numbers_;
-  float* sums_;
-  int* turns_;
   float key_sums_[kSumM][kSumN][4] = {}, value_sums_[kSumM][kSumN][4] = {};
 };
 

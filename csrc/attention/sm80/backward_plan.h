@@ -7,6 +7,7 @@
 
 #include "attention/mask.h"
 #include "attention/params.h"
+#include "attention/sm80/gradient.h"
 #include "types.h"
 
 namespace flashkern::attention::sm80 {
@@ -37,6 +38,7 @@ inline constexpr int kDeltaRows = 64, kDeltaWarps = 4;
 struct BackwardPlan {
   int dim = 0;  // the bucket of head_dim and value_dim: 32, 64, 128 or 256
   int keys = 0, rows = 0;
+  GradientRule rule;
   int blocks_per_head = 0, delta_blocks = 0;
   int64_t head_rows = 0;   // of a KV head: every query of the batch with every head of its group
   int64_t head_tiles = 0;  // room for their tiles
@@ -50,10 +52,16 @@ struct BackwardPlan {
   FK_HOST_DEVICE int64_t first_tile(const Problem& p, const Sequence& s) const {
     return first_row(p, s) / rows + s.batch;
   }
+
+  FK_HOST_DEVICE RowNumbers* numbers(const BackwardParams& p, const Sequence& s,
+                                     int64_t kv_head) const {
+    return reinterpret_cast<RowNumbers*>(p.workspace) + kv_head * head_rows + first_row(p, s);
+  }
 };
 
 inline BackwardPlan plan_backward(const BackwardParams& p) {
   BackwardPlan plan;
+  plan.rule = GradientRule(p);
   const int64_t dim = std::max(p.head_dim, p.value_dim);
   plan.dim = dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
   const BackwardTile tile = backward_tile(plan.dim, p.dtype == DType::kFloat32 ? 4 : 2);

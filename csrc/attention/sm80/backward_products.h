@@ -14,28 +14,43 @@ namespace flashkern::attention::sm80 {
 
 enum class Stored { kByRows, kByK };
 
+// The compiler knows of these that they are small and not negative, which shortens addresses.
+FK_DEVICE int lane_of_warp() { return static_cast<int>(ptx::lane_id() & 31); }
+
+// What a lane passes to ldmatrix for the 16 x 16 block of a tile at (row, column); `own_row` < 16
+// and `own_chunk` < 2 are the lane's within it. Chunks turn with the own row alone.
+template <class T, int R, int C>
+FK_DEVICE const T* block_row(const Tile<T, R, C>& tile, int own_row, int own_chunk, int row,
+                             int column) {
+  using Shape = Tile<T, R, C>;
+  constexpr int kTurned = Shape::kChunks < 8 ? C : 8 * Shape::kChunkElements;
+  const int turned = column % kTurned;
+  const int own = Shape::at(own_row, own_chunk) ^ turned;
+  return tile.data + own + (row * C + column - turned);
+}
+
 template <Stored kA, class T, int R, int C>
 FK_DEVICE void load_a(uint32_t (&a)[4], const Tile<T, R, C>& tile, int m, int k) {
-  const int lane = ptx::lane_id();
+  const int lane = lane_of_warp();
   if constexpr (kA == Stored::kByK) {
-    ptx::ldmatrix_trans(a, tile.chunk(k + lane / 16 * 8 + lane % 8, m / 8 + lane / 8 % 2));
+    ptx::ldmatrix_trans(a, block_row(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2, k, m));
   } else {
-    ptx::ldmatrix(a, tile.chunk(m + lane % 16, k / 8 + lane / 16));
+    ptx::ldmatrix(a, block_row(tile, lane % 16, lane / 16, m, k));
   }
 }
 
 template <Stored kB, int N, class T, int R, int C>
 FK_DEVICE void load_b(uint32_t (&b)[N][2], const Tile<T, R, C>& tile, int n, int k) {
   static_assert(N % 2 == 0);
-  const int lane = ptx::lane_id();
+  const int lane = lane_of_warp();
 #pragma unroll
   for (int j = 0; j < N; j += 2) {
     uint32_t four[4];
     if constexpr (kB == Stored::kByK) {
-      ptx::ldmatrix_trans(four, tile.chunk(k + lane % 16, n / 8 + j + lane / 16));
+      ptx::ldmatrix_trans(four, block_row(tile, lane % 16, lane / 16, k, n + 8 * j));
     } else {
-      const int row = n + 8 * j + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix(four, tile.chunk(row, k / 8 + lane / 8 % 2));
+      const int row = lane / 16 * 8 + lane % 8;
+      ptx::ldmatrix(four, block_row(tile, row, lane / 8 % 2, n + 8 * j, k));
     }
     b[j][0] = four[0], b[j][1] = four[1];
     b[j + 1][0] = four[2], b[j + 1][1] = four[3];
@@ -48,43 +63,55 @@ FK_DEVICE float operand(const Tile<float, R, C>& tile, int row, int k) {
   return kHow == Stored::kByK ? tile.element(k, row) : tile.element(row, k);
 }
 
-// kK: the sum's length, of which the terms from `length` on are zeros.
+// float32: as three products of TF32 (products.h), 8 columns of B at a time.
+template <Stored kA, Stored kB, int M, int N, int RA, int CA, int RB, int CB>
+FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, int m,
+                             const Tile<float, RB, CB>& b, int n, int length) {
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+#pragma unroll 1
+  for (int k = 0; k < length; k += 8) {
+    uint32_t high[M][4], low[M][4];
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) {
+      const float x = operand<kA>(a, m + i / 4 * 16 + g + i % 2 * 8, k + t + i % 4 / 2 * 4);
+      split_tf32(x, high[i / 4][i % 4], low[i / 4][i % 4]);
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      uint32_t b_high[1][2], b_low[1][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float x = operand<kB>(b, n + 8 * j + g, k + t + 4 * i);
+        split_tf32(x, b_high[0][i], b_low[0][i]);
+      }
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        float (&sums)[1][4] = reinterpret_cast<float (&)[1][4]>(d[i][j]);
+        ptx::mma_strip<ptx::Tf32>(sums, low[i], b_high);
+        ptx::mma_strip<ptx::Tf32>(sums, high[i], b_low);
+        ptx::mma_strip<ptx::Tf32>(sums, high[i], b_high);
+      }
+    }
+  }
+}
+
+// kK: the sum's length, of which the terms from `length` on are zeros. One test alone: a branch
+// keeps the loads of a step from those before it.
 template <Stored kA, Stored kB, int kK, int M, int N, class T, int RA, int CA, int RB, int CB>
 FK_DEVICE void multiply(float (&d)[M][N][4], const Tile<T, RA, CA>& a, int m,
                         const Tile<T, RB, CB>& b, int n, int length = kK) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 4) {
+    multiply_tf32<kA, kB>(d, a, m, b, n, length);
+  } else {
 #pragma unroll
     for (int k = 0; k < kK; k += 16) {
-      if (k >= length) break;
+      if (k == kK / 4 * 3 && k >= length) break;
       uint32_t left[M][4], right[N][2];
 #pragma unroll
       for (int i = 0; i < M; ++i) load_a<kA>(left[i], a, m + 16 * i, k);
       load_b<kB>(right, b, n, k);
 #pragma unroll
       for (int i = 0; i < M; ++i) ptx::mma_strip<T>(d[i], left[i], right);
-    }
-  } else {
-    const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
-#pragma unroll 1
-    for (int k = 0; k < length; k += 8) {
-      uint32_t high[N][2], low[N][2];
-#pragma unroll
-      for (int i = 0; i < 2 * N; ++i) {
-        const float x = operand<kB>(b, n + i / 2 * 8 + g, k + t + i % 2 * 4);
-        split_tf32(x, high[i / 2][i % 2], low[i / 2][i % 2]);
-      }
-#pragma unroll
-      for (int r = 0; r < M; ++r) {
-        uint32_t left_high[4], left_low[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float x = operand<kA>(a, m + 16 * r + g + i % 2 * 8, k + t + i / 2 * 4);
-          split_tf32(x, left_high[i], left_low[i]);
-        }
-        ptx::mma_strip<ptx::Tf32>(d[r], left_low, high);
-        ptx::mma_strip<ptx::Tf32>(d[r], left_high, low);
-        ptx::mma_strip<ptx::Tf32>(d[r], left_high, high);
-      }
     }
   }
 }

@@ -89,8 +89,7 @@ class RowDeltas {
 
   FK_DEVICE RowNumbers* numbers() const {
     const int64_t group = p_.group();
-    return reinterpret_cast<RowNumbers*>(p_.workspace) + head_ / group * plan_.head_rows +
-           plan_.first_row(p_, s_) + head_ % group;
+    return plan_.numbers(p_, s_, head_ / group) + head_ % group;
   }
 
   const BackwardParams& p_;

@@ -15,17 +15,17 @@ namespace flashkern::attention::sm80 {
 // A tile of packed query rows and the blocks of keys that see some of it.
 template <int kKeys, int kRows>
 struct QueryTile {
-  int first;  // its first row
-  PackedRows rows;
+  Place start;
+  int rows;                // of kRows, those that are there
   int last_block, blocks;  // contributors: last_block first
-  bool whole;              // each row is there and sees every key of this block
+  bool whole;              // every row is there and sees every key of the block that asks
 
-  FK_DEVICE QueryTile(const KeyBand& band, int index, int end, int group, int key)
-      : first(index * kRows), rows(first, group) {
-    const int query = rows[0].query, last = (min(first + kRows, end) - 1) / group;
+  FK_DEVICE QueryTile(const KeyBand& band, const Group& group, Place start, int rows, int key)
+      : start(start), rows(min(rows, kRows)) {
+    const int last = start.after(this->rows - 1, group).query;
     last_block = (band.end(last) - 1) / kKeys;
-    blocks = last_block - band.first(query) / kKeys + 1;
-    whole = first + kRows <= end && band.first(last) <= key && band.end(query) >= key + kKeys;
+    blocks = last_block - band.first(start.query) / kKeys + 1;
+    whole = rows >= kRows && band.first(last) <= key && band.end(start.query) >= key + kKeys;
   }
 };
 

@@ -26,37 +26,44 @@ struct KeyBand {
   FK_DEVICE int end(int query) const { return min(max(query + high, 0), keys); }
 };
 
-// A tile of the packed rows of a KV head: row r is query r / group of the group's head r % group.
-class PackedRows {
- public:
-  struct Place {
-    int query, head;  // the head within its group
-  };
+// The heads of a group, and a quotient by their number as a product: exact for the sum of a head
+// and a row within a tile.
+struct Group {
+  int heads;
+  uint32_t inverse;  // 2^32 / heads, rounded up
 
-  FK_DEVICE PackedRows(int first, int group)
-      : query_(first / group), head_(first - query_ * group), group_(group) {}
-
-  // Row i of the tile: a product in place of a division, exact for the few rows of a tile.
-  FK_DEVICE Place operator[](int i) const {
-    if (group_ == 1) return {query_ + i, 0};
-    const uint32_t inverse = 0xffffffffu / static_cast<uint32_t>(group_) + 1;
-    const int queries = static_cast<int>(__umulhi(static_cast<uint32_t>(head_ + i), inverse));
-    return {query_ + queries, head_ + i - queries * group_};
+  FK_DEVICE explicit Group(int heads)
+      : heads(heads), inverse(0xffffffffu / static_cast<uint32_t>(heads) + 1) {}
+  FK_DEVICE int quotient(int x) const {
+    return heads == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), inverse));
   }
+};
 
- private:
-  int query_, head_, group_;
+// Where packed rows stand: row r of a KV head is query r / group of the group's head r % group.
+struct Place {
+  int query = 0, head = 0;
+
+  FK_DEVICE Place after(int rows, const Group& group) const {
+    const int queries = group.quotient(head + rows);
+    return {query + queries, head + rows - queries * group.heads};
+  }
+  template <class M>
+  FK_DEVICE int64_t at(const M& m) const {  // from the group's first row in a Matrix or an Output
+    return head * m.head + query * m.row;
+  }
 };
 
 // A query row that meets scores which more than scale and mask make.
 struct FullRow {
   int query, head;
+  int diagonal;  // the key it meets there
   float slope;   // of ALiBi, in units of log2
   int64_t bias;  // where the row's bias starts
 };
 
 FK_DEVICE FullRow make_full_row(const Problem& p, const Sequence& s, int query, int head) {
-  FullRow row{query, head, 0, s.batch * p.bias.batch + head * p.bias.head + query * p.bias.row};
+  FullRow row{query, head, query + static_cast<int>(s.offset), 0,
+              s.batch * p.bias.batch + head * p.bias.head + query * p.bias.row};
   if (p.alibi_slopes != nullptr) {
     row.slope =
         p.alibi_slopes[s.batch * p.alibi_batch + head * p.alibi_head] * static_cast<float>(kLog2e);
@@ -64,18 +71,20 @@ FK_DEVICE FullRow make_full_row(const Problem& p, const Sequence& s, int query, 
   return row;
 }
 
-// What all elements of a block share.
+// What all elements of a call share: a kernel's constants, which take no registers.
 struct GradientRule {
-  float scale, cap, keep;
-  uint64_t threshold;
-  int offset;
+  float scale = 0, cap = 0;  // in units of log2; scale / softcap where there is one
+  float keep = 0;            // the factor of what dropout keeps
+  float product = 0;         // the factor of dQ and dK
+  uint64_t threshold = 0;    // of dropout; 0: none
 
-  FK_DEVICE GradientRule(const BackwardParams& p, const Sequence& s)
+  GradientRule() = default;
+  explicit GradientRule(const Problem& p)
       : scale(static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e)),
         cap(static_cast<float>(p.softcap * kLog2e)),
         keep(p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f),
-        threshold(p.dropout_p > 0 ? dropout_threshold(p.dropout_p) : 0),
-        offset(static_cast<int>(s.offset)) {}
+        product(static_cast<float>(p.scale)),
+        threshold(p.dropout_p > 0 ? dropout_threshold(p.dropout_p) : 0) {}
 
   // x: the product of query and key, becomes P; y: that of dO and value, becomes the gradient of
   // x / scale.
@@ -95,7 +104,7 @@ struct GradientRule {
       logit = t * cap;
       slope = 1 - t * t;
     }
-    logit -= row.slope * fabsf(static_cast<float>(row.query + offset - key));
+    logit -= row.slope * fabsf(static_cast<float>(row.diagonal - key));
     if (p.bias.kind != BiasKind::kNone) {
       logit += bias_element<T>(p.bias, row.bias + key * p.bias.column);
     }
