@@ -18,23 +18,28 @@ struct Sequence {
   int64_t offset = 0;                  // row i meets key i + offset
 };
 
+// Of values: std::clamp hands on addresses, and nvcc keeps a stack for what they name.
+FK_HOST_DEVICE inline int64_t clamped(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
 // A packed sequence ends where its tensor does. The host has checked that on a CPU; on a GPU nobody
 // has, and a wrong number must not be an address.
 FK_HOST_DEVICE inline int64_t length_of(int64_t told, int64_t left, int64_t longest) {
-  return std::clamp<int64_t>(told, 0, std::min(left, longest));
+  return clamped(told, 0, left < longest ? left : longest);
 }
 
 FK_HOST_DEVICE inline Sequence sequence_of(const Problem& p, int64_t b) {
   Sequence s{b, 0, 0, p.seq_q, p.seq_k, 0};
   if (p.cu_seqlens_q != nullptr) {
-    s.q_start = std::clamp<int64_t>(p.cu_seqlens_q[b], 0, p.packed_q);
-    s.k_start = std::clamp<int64_t>(p.cu_seqlens_k[b], 0, p.packed_k);
+    s.q_start = clamped(p.cu_seqlens_q[b], 0, p.packed_q);
+    s.k_start = clamped(p.cu_seqlens_k[b], 0, p.packed_k);
     s.q_length = length_of(p.cu_seqlens_q[b + 1] - s.q_start, p.packed_q - s.q_start, p.seq_q);
     s.k_length = length_of(p.cu_seqlens_k[b + 1] - s.k_start, p.packed_k - s.k_start, p.seq_k);
   }
   const int64_t tensor_keys = s.k_length;
   if (p.kv_lengths != nullptr) {
-    s.k_length = std::clamp<int64_t>(p.kv_lengths[b], 0, s.k_length);
+    s.k_length = clamped(p.kv_lengths[b], 0, s.k_length);
   }
   if (p.alignment != Alignment::kTopLeft) {
     const bool own = p.alignment == Alignment::kOwnLength;
@@ -66,10 +71,10 @@ struct Band {
         right(std::min(p.window_right, int64_t{kUnreachable})) {}
 
   FK_HOST_DEVICE int64_t first_key(int64_t row) const {
-    return left < 0 ? 0 : std::clamp<int64_t>(row + offset - left, 0, k_length);
+    return left < 0 ? 0 : clamped(row + offset - left, 0, k_length);
   }
   FK_HOST_DEVICE int64_t end_key(int64_t row) const {
-    return right < 0 ? k_length : std::clamp<int64_t>(row + offset + right + 1, 0, k_length);
+    return right < 0 ? k_length : clamped(row + offset + right + 1, 0, k_length);
   }
 
   FK_HOST_DEVICE Interval keys(int64_t row) const { return {first_key(row), end_key(row)}; }
@@ -86,8 +91,8 @@ struct Band {
     end = std::min(end, k_length);
     Interval r{0, q_length};
     if (end <= begin) return {0, 0};
-    if (right >= 0) r.begin = std::clamp<int64_t>(begin - offset - right, 0, q_length);
-    if (left >= 0) r.end = std::clamp<int64_t>(end - offset + left, 0, q_length);
+    if (right >= 0) r.begin = clamped(begin - offset - right, 0, q_length);
+    if (left >= 0) r.end = clamped(end - offset + left, 0, q_length);
     return r;
   }
 };
