@@ -15,7 +15,7 @@ from flashkern import _ops
 from tools import sass
 
 pytestmark = [
-    pytest.mark.skipif(_ops.BACKEND == "emulated", reason="the emulated library was not made by nvcc"),
+    pytest.mark.skipif(_ops.BACKEND == "emulated", reason="nvcc made none of the emulated library"),
     pytest.mark.skipif(
         not _ops.has_kernel("beam_topk", "cuda"), reason="this build has no CUDA kernels"
     ),
@@ -25,21 +25,58 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Budget:
-    """threads: of a block; blocks: how many a multiprocessor must hold by their registers.
+    """What a kernel may take and must hold.
 
-    needs: instructions that must stand in the code, by the first letters of their names.
-    loads: in the main loop, at most so many loads from shared memory for each tensor-core
-    instruction; 0: not asked.
+    Attributes:
+        threads: of a block; blocks: how many a multiprocessor must hold by their registers.
+        needs: instructions that must stand in the code, by the first letters of their names.
+        fragments: in the main loop, at most so many LDSM, which load a tensor core's factors from
+            shared memory, for each tensor-core instruction. 0: not asked.
+        steady: no integer division and no float64 in the main loop.
     """
 
     threads: int
     blocks: int
     needs: tuple[str, ...] = ()
-    loads: float = 0
+    fragments: float = 0
+    steady: bool = False
 
 
-TENSOR = ("HMMA.16816", "LDSM", "LDGSTS", "MUFU.EX2")
-BUDGETS: dict[str, Budget] = {}
+COPY = "LDGSTS.E.BYPASS.LTC128B.128"
+TILES = ("HMMA.16816.F32", "LDSM", COPY)
+ATTENTION = (*TILES, "MUFU.EX2")
+FLOAT_ATTENTION = ("HMMA.1688.F32.TF32", COPY, "MUFU.EX2")
+TOPK = ("LDG.E.128.CONSTANT", "MUFU.EX2", "MEMBAR.ALL.GPU", "ATOMG.E.ADD.S32.STRONG.GPU")
+HALF = r"(BFloat16|Half)"
+# forward<dtype, columns, form>, backward<dtype, columns, full>, decode_kernel<dtype, strips>,
+# shrink_kernel and gradient_kernel<dtype, ranks>.
+BUDGETS = {
+    rf"forward<{HALF}, \d+, 0>": Budget(32, 8, ATTENTION, fragments=0.63),
+    rf"forward<{HALF}, \d+, 1>": Budget(128, 2, ATTENTION, fragments=0.63),
+    rf"forward<{HALF}, \d+, 2>": Budget(128, 2, ATTENTION, fragments=0.32),
+    rf"forward<{HALF}, \d+, 3>": Budget(128, 2, ATTENTION, fragments=0.32, steady=True),
+    r"forward<float, \d+, 0>": Budget(32, 8, FLOAT_ATTENTION),
+    r"forward<float, (32|64|128), 1>": Budget(128, 2, FLOAT_ATTENTION),
+    r"forward<float, 256, 1>": Budget(64, 4, FLOAT_ATTENTION),
+    r"merge<\w+>": Budget(128, 16, ("MUFU.EX2",)),
+    r"append": Budget(128, 16, ("LDG.E.128", "STG.E.128")),
+    rf"backward<{HALF}, (32|256), \w+>": Budget(128, 2, ATTENTION, fragments=0.67, steady=True),
+    rf"backward<{HALF}, (64|128), false>": Budget(128, 2, ATTENTION, fragments=0.43, steady=True),
+    rf"backward<{HALF}, (64|128), true>": Budget(256, 1, ATTENTION, fragments=0.61, steady=True),
+    r"backward<float, (32|64|128), \w+>": Budget(128, 2, FLOAT_ATTENTION, steady=True),
+    r"backward<float, 256, \w+>": Budget(64, 4, FLOAT_ATTENTION, steady=True),
+    r"row_deltas<\w+>": Budget(128, 7, ("LDG.E.128",)),
+    r"sink_gradients": Budget(32, 32, ("DADD",)),
+    r"decode_kernel<\w+, [12]>": Budget(256, 2, ("HMMA.16816.F32", "LDG.E.128"), steady=True),
+    r"decode_kernel<\w+, 8>": Budget(256, 1, ("HMMA.16816.F32", "LDG.E.128"), steady=True),
+    r"product_kernel<.*>": Budget(128, 2, TILES, fragments=0.25, steady=True),
+    r"product_float_kernel": Budget(256, 1, ("FFMA",), steady=True),
+    r"(shrink|gradient)_kernel<\w+, 16>": Budget(128, 3, TILES, fragments=0.67, steady=True),
+    r"(shrink|gradient)_kernel<\w+, 64>": Budget(256, 1, TILES, fragments=0.67, steady=True),
+    r"sort_kernel": Budget(256, 8),
+    r"add_kernel<\w+>": Budget(256, 8),
+    r"topk<\w+>": Budget(512, 2, TOPK),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +115,12 @@ def test_every_gpu_has_every_kernel(kernels: list[sass.Kernel]) -> None:
 
 def test_no_local_memory(kernels: list[sass.Kernel]) -> None:
     """Neither spills nor arrays that a variable indexes."""
-    bad = [(k.name, k.arch, k.local) for k in kernels if k.local or k.count("LDL", "STL")]
-    assert bad == []
+    bad = [
+        f"{k.name} on {k.arch}: a stack of {k.stack}, {k.count('STL')} STL, {k.count('LDL')} LDL"
+        for k in kernels
+        if k.stack or k.local or k.count("LDL", "STL")
+    ]
+    assert not bad, "\n".join(bad)
 
 
 def test_registers(kernels: list[sass.Kernel]) -> None:
@@ -100,12 +141,20 @@ def test_instructions(kernels: list[sass.Kernel]) -> None:
             assert kernel.count(instruction) > 0, f"{name} has no {instruction}"
 
 
-def test_loads_of_the_main_loop(kernels: list[sass.Kernel]) -> None:
+def test_fragments_of_the_main_loop(kernels: list[sass.Kernel]) -> None:
     """What a product takes from shared memory: that limits it before the tensor cores do."""
     for name, kernel, budget in budgeted(kernels):
-        if budget.loads:
-            loop = sass.by_kind(kernel.main_loop())
-            assert loop["load shared"] <= budget.loads * loop["tensor"], (name, loop)
+        if budget.fragments:
+            loop = kernel.main_loop()
+            loads = sum(n for i, n in loop.items() if i.startswith("LDSM"))
+            assert loads <= budget.fragments * sass.by_kind(loop)["tensor"], name
+
+
+def test_steady_main_loops(kernels: list[sass.Kernel]) -> None:
+    """A division of integers begins with a reciprocal: a conversion that rounds up, I2F.RP."""
+    for name, kernel, budget in budgeted(kernels):
+        slow = re.compile(r"I2F.*\.RP|D(ADD|MUL|FMA|SETP)|MUFU\.\w+64H")
+        assert not (budget.steady and [i for i in kernel.main_loop() if slow.match(i)]), name
 
 
 def test_the_library_needs_no_cuda_to_load() -> None:

@@ -19,8 +19,8 @@ struct KeyBand {
   FK_DEVICE KeyBand(const Problem& p, const Sequence& s) : keys(static_cast<int>(s.k_length)) {
     constexpr int64_t kFar = 1 << 30;
     const Band b(p, s);
-    low = static_cast<int>(b.left < 0 ? -kFar : std::clamp(b.offset - b.left, -kFar, kFar));
-    high = static_cast<int>(b.right < 0 ? kFar : std::clamp(b.offset + b.right + 1, -kFar, kFar));
+    low = static_cast<int>(b.left < 0 ? -kFar : clamped(b.offset - b.left, -kFar, kFar));
+    high = static_cast<int>(b.right < 0 ? kFar : clamped(b.offset + b.right + 1, -kFar, kFar));
   }
   FK_DEVICE int first(int query) const { return min(max(query + low, 0), keys); }
   FK_DEVICE int end(int query) const { return min(max(query + high, 0), keys); }
