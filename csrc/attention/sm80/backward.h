@@ -77,7 +77,7 @@ class BackwardBlock {
     Place start{query, first * kRows - query * group_.heads};
     copy_rows(first, start, 0);
     int stage = 0;
-    Turn turn;  // whose sums are stored, but which is not passed on
+    Turn turn{p_.turns + 1};  // whose sums are stored, but which is not passed on
     for (int index = first; index < end; ++index) {
       const Rows tile(band_, group_, start, rows_ - index * kRows, begin_);
       start = start.after(kRows, group_);
@@ -148,7 +148,7 @@ class BackwardBlock {
 
   // Tile `index`; the next one, if there is one, starts at `next`.
   FK_DEVICE Turn step(const Rows& tile, int index, bool more, Place next, int stage, Turn last) {
-    const Turn turn{p_.turns + 1 + first_tile_ + index, tile.last_block - begin_ / kKeys,
+    const Turn turn{p_.turns + 1, first_tile_ + index, tile.last_block - begin_ / kKeys,
                     tile.blocks};
     ptx::copy_wait<0>();
     const bool blind = threadIdx.x < kRows && shared_.rows[stage][threadIdx.x].lse == INFINITY;

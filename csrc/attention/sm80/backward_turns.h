@@ -32,17 +32,17 @@ struct QueryTile {
 // A block's turn at the sums of a tile: one thread waits and one passes it on, behind a barrier
 // that follows the block's own sums; a barrier hands on what the wait was handed.
 struct Turn {
-  int* at = nullptr;
-  int mine = 0, blocks = 0;
+  int* turns;  // of every tile: a constant, which takes no register
+  int tile = 0, mine = 0, blocks = 0;
 
   FK_DEVICE bool first() const { return mine == 0; }
   FK_DEVICE bool last() const { return mine + 1 == blocks; }
   FK_DEVICE void wait() const {
     if (first()) return;
-    while (ptx::load_acquire(at) != mine) __nanosleep(32);
+    while (ptx::load_acquire(turns + tile) != mine) __nanosleep(32);
   }
   FK_DEVICE void pass() const {
-    if (mine + 1 < blocks) ptx::store_release(at, mine + 1);
+    if (mine + 1 < blocks) ptx::store_release(turns + tile, mine + 1);
   }
 };
 
