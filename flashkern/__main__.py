@@ -23,8 +23,10 @@ def info() -> str:
         "CUDA": cuda,
         "library": str(_ops.LIBRARY),
     }
+    if _ops.BACKEND:
+        rows["back end"] = "emulated: the CUDA kernels' sources, on this CPU; for tests"
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
-    if best == "portable":
+    if best == "portable" and not _ops.BACKEND:
         missing = "CPU has no AVX2" if "avx2" in _host.isas.split() else "build has no AVX2 kernels"
         forced = os.environ.get("FLASHKERN_CPU_ISA") == best
         reason = "FLASHKERN_CPU_ISA forces it" if forced else f"this {missing}"

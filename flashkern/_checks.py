@@ -27,6 +27,12 @@ def check_dtype(op: str, argument: str, value: Tensor, allowed: Sequence[torch.d
         raise TypeError(f"{op}: {argument} must have dtype {names}, got {dtype_name(value.dtype)}")
 
 
+def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless the tensor is on the device of ``like``."""
+    if value.device != like.device:
+        raise ValueError(f"{op}: {argument} must be on device {like.device}, got {value.device}")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``"float32"``."""
     return str(dtype).removeprefix("torch.")

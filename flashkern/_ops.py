@@ -12,10 +12,9 @@ if BACKEND not in ("", "emulated"):
 LIBRARY = Path(__file__).parent / f"libflashkern{'_' * bool(BACKEND)}{BACKEND}.so"
 
 if not LIBRARY.exists():
-    raise ImportError(
-        f"flashkern: the operator library {LIBRARY} is missing; install with `pip install .`, or "
-        "build it in place with `make dev`"
-    )
+    how = "install with `pip install .`, or build it in place with `make dev`"
+    how = "`make test-emulated` builds it" if BACKEND else how
+    raise ImportError(f"flashkern: the operator library {LIBRARY} is missing; {how}")
 torch.ops.load_library(str(LIBRARY))
 
 ops = torch.ops.flashkern

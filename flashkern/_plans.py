@@ -79,6 +79,13 @@ def _attention(
     return _attention_facts(query, key, value, key.shape[2], band, options)
 
 
+def _four(t: Tensor) -> Tensor:
+    """With leading dimensions of one, four at least."""
+    while t.dim() < 4:
+        t = t.unsqueeze(0)
+    return t
+
+
 @planner("scaled_dot_product_attention")
 def _sdpa(
     query: Tensor,
@@ -90,7 +97,7 @@ def _sdpa(
     scale: float | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    query, key, value = (t[(None,) * (4 - t.dim())].flatten(0, -4) for t in (query, key, value))
+    query, key, value = (t.reshape(-1, *t.shape[-3:]) for t in map(_four, (query, key, value)))
     options = {"bias": attn_mask, "dropout_p": dropout_p, "scale": scale}
     return _attention(query, key, value, causal="top_left" if is_causal else False, **options)
 
@@ -145,6 +152,13 @@ def _lora_linear(
     }
 
 
+def _processors(x: Tensor) -> int:
+    """Multiprocessors of x's GPU; the emulator's, and an absent GPU's, are an A100's 108."""
+    if not x.is_cuda or not torch.cuda.is_available():
+        return 108
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def _capability(x: Tensor) -> int:
     """10 * major + minor of x's GPU; the emulator's, and an absent GPU's, is 80."""
     if not x.is_cuda or not torch.cuda.is_available():
@@ -187,9 +201,8 @@ _LORA_GPU_BASES = {
 @planner("beam_topk")
 def _beam_topk(logits: Tensor, beam_scores: Tensor, k: int, **_: Any) -> dict[str, Any]:
     half = logits.dtype in (torch.bfloat16, torch.float16)
-    if logits.is_cuda:
-        processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
-        plan = _host.beam_topk_gpu_plan(*logits.shape, k, half, processors)
+    if logits.is_cuda or BACKEND:
+        plan = _host.beam_topk_gpu_plan(*logits.shape, k, half, _processors(logits))
     else:
         plan = _host.beam_topk_plan(*logits.shape, k, half, torch.get_num_threads())
     moved = plan.pop("read_bytes") + plan.pop("write_bytes")

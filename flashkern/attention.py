@@ -17,7 +17,7 @@ from torch import Tensor
 from flashkern import _attention_args as args
 from flashkern._attention_args import Window
 from flashkern._attention_ops import APPEND, forward, needs_grad
-from flashkern._checks import check, check_tensor
+from flashkern._checks import check, check_device, check_tensor
 
 
 def attention(
@@ -43,7 +43,8 @@ def attention(
     of a row, after dropout, weighs the rows of ``value``. A row that may attend to nothing gives 0.
 
     Args:
-        query: (B, H, Sq, D); float32, bfloat16, float16 or float64; D a multiple of 8 up to 256.
+        query: (B, H, Sq, D); float32, bfloat16, float16 or, on a CPU, float64; D a multiple of 8
+            up to 256.
         key: (B, Hkv, Sk, D); Hkv divides H: query head h reads key head h // (H / Hkv).
         value: (B, Hkv, Sk, Dv); Dv a multiple of 8 up to 256.
         causal: True or ``"bottom_right"``: the last row sees every key. ``"top_left"``: the first
@@ -201,6 +202,8 @@ def _append(
             raise TypeError(
                 f"{op}: {name} must have the dtype of its cache, {cache.dtype}, got {new.dtype}"
             )
+        if new.device != cache.device:
+            check_device(op, name, new, cache)
         if needs_grad(new, cache):
             check(False, op, name, "be detached where it goes into a cache", "requires_grad=True")
         if cache.stride(3) != 1:

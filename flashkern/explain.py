@@ -142,6 +142,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
         getattr(flashkern, name)(*args, **kwargs)
     facts = _PLANNERS[name](*args, **kwargs)
     on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in (*args, *kwargs.values()))
+    if on_gpu and not _ops.has_kernel("attention_forward", "cuda"):
+        facts["why"] = f"this build has no CUDA kernels; one that has: {facts['why']}"
     device = "cuda" if on_gpu else _ops.BACKEND or "cpu"
     threads = torch.get_num_threads() if device == "cpu" else 0
     peak_flops, peak_bytes = machine_limits(threads) if device == "cpu" else (None, None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+from flashkern._checks import FLOATS, check, check_device, check_dtype, check_tensor
 from flashkern._dispatch import register_autograd
 from flashkern._ops import ops
 from flashkern.random import draw_seed
@@ -126,6 +126,7 @@ def lora_linear_multi(
     check_tensor(op, "adapter_ids", adapter_ids)
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     check_dtype(op, "adapter_ids", adapter_ids, integers)
+    check_device(op, "adapter_ids", adapter_ids, x)
     leading = x.shape[:-1]
     check(
         adapter_ids.shape == leading or adapter_ids.shape == (leading.numel(),),
@@ -140,6 +141,7 @@ def lora_linear_multi(
             scaling.shape == (adapters,), op, "scaling", f"have shape ({adapters},)", scaling.shape
         )
         check(not scaling.requires_grad, op, "scaling", "not require grad", "requires_grad=True")
+        check_device(op, "scaling", scaling, x)
         scalings = scaling.to(torch.float64)
     else:
         check(math.isfinite(scaling), op, "scaling", "be a finite number", repr(scaling))
@@ -201,9 +203,10 @@ def _check(
             f"{op}: weight must be frozen, as it gets no gradient here (pass weight.detach() or "
             "call weight.requires_grad_(False)), got requires_grad=True"
         )
-    if not (x.device == weight.device == lora_a.device == lora_b.device):
-        devices = ", ".join(str(t.device) for t in (x, weight, lora_a, lora_b))
-        raise ValueError(f"{op}: tensors must be on one device, got {devices}")
+    others = (weight, lora_a, lora_b) if bias is None else (weight, lora_a, lora_b, bias)
+    for name, value in zip(("weight", "lora_a", "lora_b", "bias"), others, strict=False):
+        if value.device != x.device:
+            check_device(op, name, value, x)
 
 
 def _check_shapes(

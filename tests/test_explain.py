@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import flashkern as fk
+from flashkern import _ops
 
 
 def test_attention_prefill_and_decode() -> None:
@@ -76,3 +77,19 @@ def test_nothing_is_computed_and_no_seed_is_drawn() -> None:
     before = torch.get_rng_state()
     fk.explain(fk.attention, q, q, q, dropout_p=0.5)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_fake_tensors_of_an_absent_gpu() -> None:
+    with FakeTensorMode():
+        half = {"device": "cuda", "dtype": torch.bfloat16}
+        q, x = torch.empty(8, 256, 64, **half), torch.empty(512, 1024, **half)
+        weight, a = torch.empty(768, 1024, **half), torch.empty(16, 1024, **half)
+        b = torch.empty(768, 16, **half)
+        plans = [
+            fk.explain(fk.scaled_dot_product_attention, q, q, q),
+            fk.explain(fk.lora_linear, x, weight, a, b),
+        ]
+    has_kernels = _ops.has_kernel("attention_forward", "cuda")
+    for plan in plans:
+        assert plan.device == "cuda" and plan.peak_flops is None
+        assert ("this build has no CUDA kernels" in plan.why) != has_kernels

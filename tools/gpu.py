@@ -103,7 +103,7 @@ def main() -> int:
     options = parser.parse_args()
     reason = refusal()
     if reason is not None:
-        print(f"make gpu: {reason}.", file=sys.stderr)
+        print(f"make gpu: {reason} (PYTHON=... chooses another Python).", file=sys.stderr)
         return 2
     status, end = 0, time.monotonic() + options.seconds
     build()

@@ -254,6 +254,7 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
   p.bias = bias_of(a.bias, a.query);
   set_sinks(p, a.sinks);
   set_alibi(p, a.alibi_slopes);
+  STD_TORCH_CHECK(p.dropout_p == 0 || a.seed.has_value(), "attention: dropout needs a seed");
   if (a.seed.has_value()) p.seed = seed_of(*a.seed, a.query);
 }
 

@@ -17,8 +17,13 @@ Example:
 from contextlib import AbstractContextManager
 from typing import Any
 
-import cupy
 import torch
+
+try:
+    import cupy
+except ModuleNotFoundError as error:
+    hint = "flashkern.compat.cupy: CuPy is missing; `pip install 'flashkern[cupy]'`"
+    raise ModuleNotFoundError(hint, name=error.name) from error
 
 import flashkern
 from flashkern.compat._arrays import on_arrays

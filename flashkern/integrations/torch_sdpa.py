@@ -36,6 +36,7 @@ from torch.nn import attention as torch_attention
 import flashkern
 from flashkern import _attention_args as args
 from flashkern._attention_ops import BACKWARD
+from flashkern._ops import has_kernel
 from flashkern.integrations._padding import LARGEST, cut_head_dim, pad_head_dim
 
 __all__ = ["NAME", "disable", "enable", "reason_for_torch"]
@@ -47,6 +48,7 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEVICES = [d for d in ("cpu", "cuda") if has_kernel("attention_forward", d)]
 
 
 def reason_for_torch(
@@ -67,6 +69,10 @@ def reason_for_torch(
         return reason_for_torch(query[None], key[None], value[None], attn_mask, enable_gqa)
     if not (query.dim() == key.dim() == value.dim() == 4):
         return "query, key and value do not have 4 (or 3) dimensions"
+    if query.device.type not in _DEVICES:
+        return f"this build has no kernel for {query.device.type} tensors"
+    if query.is_cuda and query.dtype == torch.float64:
+        return "float64 has no kernel on a GPU"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in _DTYPES:
         return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}"
     if max(query.shape[-1], value.shape[-1]) > LARGEST:
@@ -159,7 +165,7 @@ def _sdpa(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """aten::scaled_dot_product_attention for CPU tensors."""
+    """aten::scaled_dot_product_attention for CPU tensors, and a GPU's where there are kernels."""
     if not _left_to_torch(query, key, value):
         if query.dim() == key.dim() == value.dim() == 3:  # (heads, sequence, head_dim)
             batch = (query[None], key[None], value[None])
@@ -188,8 +194,9 @@ class _Handle:
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
-            for key in ("CPU", "AutogradCPU"):
-                library.impl(_SDPA, _sdpa, key)
+            for device in map(str.upper, _DEVICES):
+                library.impl(_SDPA, _sdpa, device)
+                library.impl(_SDPA, _sdpa, f"Autograd{device}")
             library.impl(_FUSED, self.fused, "CPU", with_keyset=True)
             library.impl(_FUSED_BACKWARD, self.fused_backward, "CPU", with_keyset=True)
         self._library: torch.library.Library | None = library
@@ -273,7 +280,9 @@ class _Handle:
 
 
 def enable() -> None:
-    """Runs flashkern behind scaled_dot_product_attention for CPU tensors, in this process.
+    """Runs flashkern behind scaled_dot_product_attention in this process.
+
+    For CPU tensors and, where the build has CUDA kernels, for CUDA tensors.
 
     Raises:
         ImportError: this torch has no registry of flash attention implementations.
@@ -291,7 +300,7 @@ def enable() -> None:
         )
     torch_attention.register_flash_attention_impl(NAME, register_fn=_Handle)
     torch_attention.activate_flash_attention_impl(NAME)
-    _log.info("torch %s: scaled_dot_product_attention on CPU runs flashkern", torch.__version__)
+    _log.info("torch %s: scaled_dot_product_attention runs flashkern", torch.__version__)
 
 
 def disable() -> None:

@@ -168,3 +168,11 @@ def test_lengths_outside_the_cache_are_refused(length: int, appended: bool) -> N
         fk.attention_kvcache(
             query, cache, cache.clone(), cache_lengths=torch.tensor([length]), **new
         )
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_what_is_appended_is_on_the_device_of_its_cache(name: str) -> None:
+    query, cache = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 16, 32)
+    new = {"k": query, "v": query, name: query.to("meta")}
+    with pytest.raises(ValueError, match=f"{name} must be on device cpu, got meta"):
+        fk.attention_kvcache(query, cache, cache.clone(), cache_lengths=torch.tensor([3]), **new)

@@ -205,3 +205,12 @@ def test_forward_mode_is_refused_and_meta_tensors_have_shapes() -> None:
     with torch.device("meta"):
         shapes = [torch.empty(t.shape) for t in (x, w, a, b)]
     assert fk.lora_linear(*shapes).shape == (3, 8)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
+def test_every_tensor_is_on_one_device(name: str) -> None:
+    x, weight, lora_a, lora_b, bias = (torch.randn(s) for s in ((3, 8), (5, 8), (2, 8), (5, 2), 5))
+    call = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    call[name] = call[name].to("meta")
+    with pytest.raises(ValueError, match=f"lora_linear: {name} must be on device cpu, got meta"):
+        fk.lora_linear(x, **call)
