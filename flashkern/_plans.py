@@ -9,6 +9,7 @@ from flashkern import _attention_args, _host
 from flashkern._checks import dtype_name
 from flashkern._ops import BACKEND, ops
 from flashkern.explain import planner
+from flashkern.sdpa import with_dims
 
 
 def _attention_facts(
@@ -79,13 +80,6 @@ def _attention(
     return _attention_facts(query, key, value, key.shape[2], band, options)
 
 
-def _four(t: Tensor) -> Tensor:
-    """With leading dimensions of one, four at least."""
-    while t.dim() < 4:
-        t = t.unsqueeze(0)
-    return t
-
-
 @planner("scaled_dot_product_attention")
 def _sdpa(
     query: Tensor,
@@ -97,7 +91,7 @@ def _sdpa(
     scale: float | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    query, key, value = (t.reshape(-1, *t.shape[-3:]) for t in map(_four, (query, key, value)))
+    query, key, value = (with_dims(t, 4).flatten(0, -4) for t in (query, key, value))
     options = {"bias": attn_mask, "dropout_p": dropout_p, "scale": scale}
     return _attention(query, key, value, causal="top_left" if is_causal else False, **options)
 

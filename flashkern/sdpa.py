@@ -85,6 +85,11 @@ def _plain(
     )
 
 
+def with_dims(t: Tensor, dims: int) -> Tensor:
+    """With leading dimensions of one, so many at least."""
+    return t.reshape((1,) * (dims - t.dim()) + t.shape)
+
+
 def _general(
     query: Tensor,
     key: Tensor,
@@ -102,7 +107,7 @@ def _general(
     if key.shape[-2] != value.shape[-2]:
         check(False, _OP, "value", f"have key's {key.shape[-2]} rows", value.shape[-2])
     dims = max(query.dim(), key.dim(), value.dim())
-    query4, key4, value4 = (t[(None,) * (max(dims, 3) - t.dim())] for t in (query, key, value))
+    query4, key4, value4 = (with_dims(t, max(dims, 3)) for t in (query, key, value))
     heads = query4.shape[-3]
     if enable_gqa:
         key4, value4 = _share_heads(key4, value4, heads)
