@@ -137,7 +137,7 @@ def _general(
         dropout_p=dropout_p,
         scale=head_dim**-0.5 if scale is None else scale,
     )
-    output = output[..., :value_dim].reshape(*lead, heads, query.shape[-2], value_dim)
+    output = output.narrow(-1, 0, value_dim).reshape(*lead, heads, query.shape[-2], value_dim)
     return output.reshape(output.shape[len(output.shape) - dims :]) if dims == 2 else output
 
 
