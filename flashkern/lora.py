@@ -266,7 +266,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
             need_a,
             need_b,
         )
-    bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+    rows = math.prod(grad.shape[:-1])
+    bias = grad.reshape(rows, grad.shape[-1]).sum(0) if need_bias else None
     given = (dx if need_x else None, None, da if need_a else None, db if need_b else None, bias)
     return (*given, None, None, None, None, None)
 

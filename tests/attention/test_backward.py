@@ -119,3 +119,29 @@ def test_nan_stays_in_its_rows(backend: str) -> None:
     assert query[:, :, 100].isnan().all() and query[:, :, :100].isfinite().all()
     for grad in (key, value):
         assert grad[:, :, :101].isnan().all()
+
+
+def among_nan(x: Tensor, offset: int) -> Tensor:
+    """The same values as a view; all around it, and between its rows and heads, are NaN."""
+    batch, heads, rows, dim = x.shape
+    around = torch.full((batch, heads + 1, rows + 64, dim + 32), torch.nan, dtype=x.dtype)
+    inside = around[:, :heads, 3 : 3 + rows, offset : offset + dim]
+    return inside.copy_(x.detach()).requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(40, 72), (136, 136)])
+@pytest.mark.parametrize(("rows", "offset"), [(1, 16), (45, 16), (45, 1), (150, 16)])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 5.0}])
+def test_nothing_around_the_tensors_counts(
+    backend: str, options: Any, rows: int, offset: int, dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Behind the last row and column of a tile lie other tensors, here NaN; aligned or not."""
+    tensors = draw((1, 4, 2, rows, 150), dims[0], dtype, dims[1])
+    output = fk.attention(*tensors, **options)
+    direction = torch.randn(output.shape).to(dtype)
+    alone = (output, *torch.autograd.grad(output, tensors, direction))
+    views = [among_nan(t, offset) for t in tensors]
+    output = fk.attention(*views, **options)
+    among = (output, *torch.autograd.grad(output, views, among_nan(direction, offset)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, among, strict=True))

@@ -25,6 +25,10 @@ DTYPES = [
 # rows, in, out, rank: 0, 1, tile - 1, tile, tile + 1, primes; 96 rows and 256 columns are a tile
 SHAPES = [
     (0, 16, 8, 4),
+    (5, 16, 8, 0),
+    (70, 16, 8, 0),
+    (70, 0, 8, 4),
+    (70, 16, 0, 4),
     (1, 1, 1, 1),
     (1, 512, 256, 16),
     (4, 130, 97, 20),

@@ -13,13 +13,13 @@ pytestmark = pytest.mark.kernels("lora_linear", "lora_linear_backward")
 
 def problem(rows: int, adapters: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """x, weight, a, b, ids; rows of whole 16-byte chunks, as a decoding step has them."""
-    a, b = torch.randn(adapters, rank, 128) / 11, torch.randn(adapters, 72, rank) / rank**0.5
+    a, b = torch.randn(adapters, rank, 136) / 11, torch.randn(adapters, 72, rank) / rank**0.5
     ids = torch.randint(-1, adapters, (rows,))
-    return torch.randn(rows, 128).to(dtype), (torch.randn(72, 128) / 11).to(dtype), a, b, ids
+    return torch.randn(rows, 136).to(dtype), (torch.randn(72, 136) / 11).to(dtype), a, b, ids
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows,rank", [(1, 8), (7, 33), (16, 64), (40, 20), (64, 70)])
+@pytest.mark.parametrize("rows,rank", [(1, 8), (8, 33), (16, 64), (40, 20), (64, 70)])
 def test_few_rows(backend: str, rows: int, rank: int, dtype: torch.dtype) -> None:
     """One launch for one adapter; a shrink before it for several, for dropout, for high ranks."""
     x, weight, a, b, ids = problem(rows, 3, rank, dtype)
@@ -79,3 +79,42 @@ def test_an_id_out_of_range_is_no_adapter(backend: str, rows: int) -> None:
     got = forward_and_backward(x, weight, a, b, bad, grad)
     want = forward_and_backward(x, weight, a, b, ids, grad)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def among_nan(x: Tensor, offset: int) -> Tensor:
+    """The same values as a view; all around it, and between its rows, are NaN."""
+    rows, width = x.shape
+    around = torch.full((rows + 64, width + 64), torch.nan, dtype=x.dtype)
+    return around[3 : 3 + rows, offset : offset + width].copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [8, 20, 200])
+@pytest.mark.parametrize("offset", [16, 1])
+def test_nothing_around_the_tensors_counts(
+    backend: str, rows: int, offset: int, dtype: torch.dtype
+) -> None:
+    """Behind the last row and column of a tile lie other tensors, here NaN; aligned or not."""
+    x, weight, a, b, ids = problem(rows, 2, 12, dtype)
+    grad = torch.randn(rows, 72).to(dtype)
+    alone = forward_and_backward(x, weight, a, b, ids, grad)
+    views = among_nan(x, offset), among_nan(grad, offset)
+    among = forward_and_backward(views[0], weight, a, b, ids, views[1])
+    for one, other in zip(alone, among, strict=True):
+        assert (one - other).norm() <= torch.finfo(dtype).eps * one.norm()  # of another kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [8, 20, 200])
+def test_nan_stays_in_its_row_and_column(backend: str, rows: int, dtype: torch.dtype) -> None:
+    x, weight, a, b, ids = problem(rows, 2, 12, dtype)
+    grad = torch.randn(rows, 72).to(dtype)
+    x[4], weight[40] = torch.nan, torch.nan
+    y = forward_and_backward(x, weight, a, b, ids, grad)[0]
+    spoilt = torch.zeros(rows, 72, dtype=torch.bool)
+    spoilt[4], spoilt[:, 40] = True, True
+    assert torch.equal(y.isnan(), spoilt)
+    x, weight, a, b, ids = problem(rows, 2, 12, dtype)
+    grad[6] = torch.nan
+    dx = forward_and_backward(x, weight, a, b, ids, grad)[2]
+    assert dx[6].isnan().all() and dx.isnan().sum() == dx.shape[1]

@@ -89,15 +89,16 @@ class BackwardBlock {
   }
 
   FK_DEVICE void write() const {
+    const Sequence s = sequence_of(p_, s_.batch);  // again: its registers are the loop's till here
     const Output &of_key = p_.grad_key, &of_value = p_.grad_value;
     const int64_t key_at = s_.batch * of_key.batch + kv_head_ * of_key.head;
     const int64_t value_at = s_.batch * of_value.batch + kv_head_ * of_value.head;
 #pragma unroll
     for (int r = 0; r < Shape::kOfKeys; r += 8) {
       const int key = begin_ + key_group() + r + lane() / 4;
-      if (key >= s_.k_length) continue;
-      T* keys = static_cast<T*>(of_key.data) + key_at + (s_.k_start + key) * of_key.row;
-      T* values = static_cast<T*>(of_value.data) + value_at + (s_.k_start + key) * of_value.row;
+      if (key >= s.k_length) continue;
+      T* keys = static_cast<T*>(of_key.data) + key_at + (s.k_start + key) * of_key.row;
+      T* values = static_cast<T*>(of_value.data) + value_at + (s.k_start + key) * of_value.row;
       store_row(keys, key_sums_, r, key_columns(), dim(), plan_.rule.product);
       store_row(values, value_sums_, r, key_columns(), value_dim(), 1.0f);
     }
@@ -350,9 +351,7 @@ __global__ void __launch_bounds__(32 * BackwardShape<T, kDim, kFull>::kWarps, 1)
   __syncthreads();
   const int ticket = shared.ticket, head = ticket / plan.blocks_per_head;
   const int begin = (plan.blocks_per_head - 1 - ticket % plan.blocks_per_head) * Block::kKeys;
-  Sequence s = sequence_of(p, head / p.kv_heads);
-  // A sequence longer than it was said to be ends here: no turn may be a missing block's.
-  s.k_length = min(s.k_length, int64_t{plan.blocks_per_head} * Block::kKeys);
+  const Sequence s = sequence_of(p, head / p.kv_heads);
   if (begin >= s.k_length) return;
   Block block(p, plan, s, static_cast<int>(head % p.kv_heads), begin, aligned);
   block.run();
