@@ -83,8 +83,8 @@ inline constexpr int kDecodeRows = 64, kDecodeRank = 64, kDecodeColumns = 32;
 // with the adapter in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A
 // float32 product here runs on plain FMAs, where cuBLAS is the better one.
 //
-// 9.x to 11.x multiply at full rate by wgmma and tcgen05 alone. product.cu's mma can reach about 0.6
-// of an H100's 989 TFLOP/s, so an element of y costs it 2 depth / 989e12 x (1 / 0.6 - 1) =
+// 9.x to 11.x multiply at full rate by wgmma and tcgen05 alone. product.cu's mma can reach about
+// 0.6 of an H100's 989 TFLOP/s, so an element of y costs it 2 depth / 989e12 x (1 / 0.6 - 1) =
 // depth x 1.35 fs more than cuBLAS.
 // cuBLAS in turn needs the adapter's part in memory first. Either order of the two, BLAS first or
 // last, writes y twice and reads it once; here BLAS comes last:
