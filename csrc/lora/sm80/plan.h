@@ -88,8 +88,7 @@ inline constexpr int kDecodeRows = 64, kDecodeRank = 64, kDecodeColumns = 32;
 // depth x 1.35 fs more than cuBLAS.
 // cuBLAS in turn needs the adapter's part in memory first. Either order of the two, BLAS first or
 // last, writes y twice and reads it once; here BLAS comes last:
-//   - its epilogue reads y beneath the next tiles' products, so the first write alone is waited
-//   for:
+//   - its epilogue reads y beneath the next tiles' products, so the first write alone is exposed:
 //     2 bytes / 3.35 TB/s = 0.6 ps for an element, and 0.6 ps more where L2 cannot hide the read;
 //   - y's first rounding is one of the adapter's part, smaller than y, not one of y itself.
 // 1.2 ps / 1.35 fs = 890: BLAS from a depth of 1024 on.
