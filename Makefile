@@ -103,6 +103,7 @@ dev:  # cmake and ninja may be there as packages of that Python alone
 VARIANT ?= plain
 EMULATED := build/emulated-$(VARIANT)
 TESTS ?= tests/attention tests/lora tests/beam
+# The drop-ins run over the plain variant alone.
 ALSO_plain = tests/compat tests/integrations
 EMULATED_RUN_asan = $(SANITIZE_RUN_address)
 test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
