@@ -103,6 +103,8 @@ dev:  # cmake and ninja may be there as packages of that Python alone
 VARIANT ?= plain
 EMULATED := build/emulated-$(VARIANT)
 TESTS ?= tests/attention tests/lora tests/beam
+# The drop-ins run over the plain variant alone.
+ALSO_plain = tests/compat tests/integrations
 EMULATED_RUN_asan = $(SANITIZE_RUN_address)
 test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 	@cmake -G Ninja -S . -B $(EMULATED) -DCMAKE_INSTALL_PREFIX=$(OUT) -DFLASHKERN_ISAS=portable \
@@ -111,7 +113,7 @@ test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 	@cmake --build $(EMULATED) --target flashkern_emulated
 	@cmake --install $(EMULATED) --component emulated > build.log
 	FLASHKERN_BACKEND=emulated $(EMULATED_RUN_$(VARIANT)) \
-	  $(PY) -m pytest $(if $(filter asan,$(VARIANT)),-s) $(TESTS)
+	  $(PY) -m pytest $(if $(filter asan,$(VARIANT)),-s) $(TESTS) $(ALSO_$(VARIANT))
 
 test-faults: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(PY) tests/faults $(FAULTS)

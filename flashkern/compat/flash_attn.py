@@ -149,7 +149,10 @@ def _attend_pages(
     pages: Tensor,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Packed queries, paged keys: each sequence is a small attention_kvcache, nothing is copied."""
+    """Packed queries, paged keys: each sequence is a small attention_kvcache, nothing is copied.
+
+    Where the queries start is read on the host: a call waits for the GPU once.
+    """
     op = "flash_attn_varlen_func"
     starts, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff()
     batch = len(starts) - 1

@@ -18,7 +18,7 @@ def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: obj
     return output.transpose(1, 2), lse
 
 
-def test_dense_and_packed() -> None:
+def test_dense_and_packed(backend: str) -> None:
     qkv = draw(2, 12, 3, 4, 32)
     q, k, v = qkv.unbind(2)
     slopes = torch.rand(4)
@@ -98,7 +98,7 @@ PAGED = [{}, {"causal": True}, {"window_size": (4, 1), "softcap": 3.0}]
 
 @pytest.mark.parametrize("options", PAGED)
 @pytest.mark.parametrize("slopes", [None, (4,), (3, 4)])
-def test_varlen_with_pages(options: dict, slopes: tuple[int, ...] | None) -> None:
+def test_varlen_with_pages(options: dict, slopes: tuple[int, ...] | None, backend: str) -> None:
     """Page by page what the packed call gives, one sequence without queries among them."""
     starts_q = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
     starts_k = torch.tensor([0, 30, 37, 40], dtype=torch.int32)

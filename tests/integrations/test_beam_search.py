@@ -22,8 +22,13 @@ PROMPTS = {"llama": (3, 7), "gpt2": (2, 5), "t5": (2, 6), "bart": (3, 4)}
 
 
 @functools.lru_cache
-def model(name: str) -> Any:
+def built(name: str) -> Any:
     return MODELS[name].build("eager").eval()
+
+
+def model(name: str) -> Any:
+    """The model, on the device where new tensors land."""
+    return built(name).to(torch.empty(0).device)
 
 
 def prompt(name: str) -> torch.Tensor:
@@ -124,7 +129,7 @@ def test_sampled_beams_draw_the_same(beams: int) -> None:
         )
 
 
-def test_left_padded_prompts() -> None:
+def test_left_padded_prompts(backend: str) -> None:
     ids = prompt("llama")
     mask = torch.ones_like(ids)
     ids[0, :3], mask[0, :3] = 0, 0
@@ -145,7 +150,7 @@ def test_sliding_windows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
-def test_everything_kept(name: str) -> None:
+def test_everything_kept(name: str, backend: str) -> None:
     kept = {f"output_{what}": True for what in ("scores", "logits", "attentions", "hidden_states")}
     compare(name, prompt(name), num_beams=3, eos_token_id=5, **kept)
 

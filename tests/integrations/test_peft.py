@@ -39,7 +39,8 @@ def adapted(dtype: torch.dtype = torch.float32, **options):
 def step(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     torch.manual_seed(5)
-    out = model(input_ids=IDS, labels=IDS)
+    ids = IDS.to(model.device)
+    out = model(input_ids=ids, labels=ids)
     out.loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return out.logits.detach(), grads
@@ -66,7 +67,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_logits_and_gradients(fused: list[str], dtype: torch.dtype) -> None:
+def test_same_logits_and_gradients(fused: list[str], dtype: torch.dtype, backend: str) -> None:
     model = adapted(dtype)  # PEFT makes the adapters float32
     model.train()
     before, grads = step(model)

@@ -121,7 +121,7 @@ def test_head_dims(head_dim: int, value_dim: int, enabled: None, calls: list) ->
         torch.testing.assert_close(ours, theirs)
 
 
-def test_strided_and_expanded_tensors(enabled: None, calls: list) -> None:
+def test_strided_and_expanded_tensors(enabled: None, calls: list, backend: str) -> None:
     query = draw(2, 9, 4, 16).transpose(1, 2)
     key = draw(2, 1, 16, 13).transpose(2, 3).expand(2, 4, 13, 16)
     value = draw(1, 4, 13, 32)[..., ::2].expand(2, 4, 13, 16)
@@ -224,7 +224,7 @@ def test_sdpa_kernel_contexts_are_obeyed(enabled: None, calls: list) -> None:
     assert len(calls) == 1
 
 
-def test_modules_of_torch_use_it(enabled: None, calls: list) -> None:
+def test_modules_of_torch_use_it(enabled: None, calls: list, backend: str) -> None:
     torch.manual_seed(0)
     layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     x = draw(2, 5, 32)

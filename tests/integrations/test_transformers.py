@@ -54,7 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def pair(name: str) -> tuple[Any, Any]:
+def built(name: str) -> tuple[Any, Any]:
     """The same random model twice, as its authors run it and on flashkern: not to be changed."""
     tiny: Tiny = MODELS[name]
     theirs = tiny.build(tiny.oracle).eval()
@@ -62,6 +62,13 @@ def pair(name: str) -> tuple[Any, Any]:
     if tiny.patched:
         assert fkt.patch(ours) == 2
     return theirs, ours
+
+
+def pair(name: str) -> tuple[Any, Any]:
+    """Both models, on the device where new tensors land."""
+    theirs, ours = built(name)
+    device = torch.empty(0).device
+    return theirs.to(device), ours.to(device)
 
 
 def output(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -104,11 +111,12 @@ def test_generate_writes_the_same_tokens(name: str, cache: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
-def test_beam_search_writes_the_same_tokens(name: str) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_greedy_and_beam_search_write_the_same_tokens(name: str, beams: int, backend: str) -> None:
     theirs, ours = pair(name)
     given, _ = inputs(MODELS[name].kind, "right")
     given.pop("decoder_input_ids", None)
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
     assert torch.equal(ours.generate(**given, **options), theirs.generate(**given, **options))
 
 

@@ -285,7 +285,7 @@ MODELS: dict[str, Tiny] = {
 
 def inputs(kind: str, padding: str = "none") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Model inputs of three rows, and which output positions are real: bool (rows, length)."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(1)
     rows, length = 3, 13
 
     def tokens(size: int) -> torch.Tensor:
