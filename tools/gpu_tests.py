@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,19 @@ def read_junit(path: Path) -> dict[str, Any]:
     return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
 
 
+def wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
+    """The exit code; "out of time" if the process and its children had to be killed.
+
+    The process leads a session of its own.
+    """
+    try:
+        return process.wait(max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "out of time"
+
+
 class Sanitizer:
     """One tool over tests/gpu/every_kernel.py, started at once; `result` waits for it."""
 
@@ -99,15 +113,11 @@ class Sanitizer:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
                 # Without torch's cache a tensor is an allocation, whose end the tool knows.
-                env=_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+                env=_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"), start_new_session=True,
             )  # fmt: skip
 
     def result(self, seconds: float) -> dict[str, Any]:
-        try:
-            code: int | str = self.process.wait(max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = "out of time"
+        code = wait(self.process, seconds)
         text = self.log.read_text(errors="replace")
         found = findings(text)
         if self.tool == "initcheck" and found is not None:
@@ -133,11 +143,8 @@ def run_pytest(seconds: float) -> dict[str, Any]:
         command += ["-n", str(WORKERS), "--max-worker-restart=1000"]
     if find_spec("pytest_timeout"):
         command += ["--timeout=100", "--timeout-method=thread"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, timeout=seconds + 60, env=_environment())
-        code: int | str = done.returncode
-    except subprocess.TimeoutExpired:
-        code = "hung"
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), start_new_session=True)
+    code = wait(process, seconds + 60)
     found = read_junit(report) if report.exists() else {"passed": 0, "failed": {}, "skipped": {}}
     return {"exit": code, **found}
 
