@@ -77,7 +77,7 @@ Tensor multiply(const Tensor& t, double factor) {
   using torch::stable::detail::from;
   const Tensor number = torch::stable::fill_(empty<1>(t, {1}, t.scalar_type()), factor);
   std::array<StableIValue, 2> stack{from(t), from(number)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
