@@ -15,7 +15,9 @@ from flashkern import _ops
 from tools import sass
 
 pytestmark = [
-    pytest.mark.skipif(_ops.BACKEND == "emulated", reason="the emulated library was not made by nvcc"),
+    pytest.mark.skipif(
+        _ops.BACKEND == "emulated", reason="the emulated library was not made by nvcc"
+    ),
     pytest.mark.skipif(
         not _ops.has_kernel("beam_topk", "cuda"), reason="this build has no CUDA kernels"
     ),
