@@ -145,3 +145,20 @@ def test_nothing_around_the_tensors_counts(
     output = fk.attention(*views, **options)
     among = (output, *torch.autograd.grad(output, views, among_nan(direction, offset)))
     assert all(torch.equal(a, b) for a, b in zip(alone, among, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 64), (3, 40), (1, 256)])
+def test_nan_in_the_first_row_stays_there(
+    backend: str, heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    """What lies behind the last row of the last tile is not the first row either."""
+    tensors = [t.detach() for t in draw((1, heads, 1, 150, 150), dim, dtype)]
+    direction = torch.randn(tensors[0].shape).to(dtype)
+    for t in (*tensors, direction):
+        t[:, :, 0] = torch.nan
+    tensors = [t.requires_grad_() for t in tensors]
+    output = fk.attention(*tensors, window=(0, 0))
+    assert output[:, :, 0].isnan().all()
+    for x in (output, *torch.autograd.grad(output, tensors, direction)):
+        assert x[:, :, 140:].isfinite().all()

@@ -10,10 +10,13 @@ SLOWER = "another path to the same bits, only slower"
 MORE = "does work whose result nobody uses"
 EXACT = "where both sides are equal, either way is right"
 EDGE = "matters where the wanted candidate itself lies on a bin's edge: too rare for a test"
+AGAIN = "asks the driver again"
+CONSTANT = "a constant, which stays as it is"
 LOWER = "a lower threshold: more chunks are read, the same k are best"
 
 # (path's end, what was done, the line that it was done in): two patterns. The reason.
 EXPLAINED = (
+    ("attention/sm80/backward.h", r"without zeros", r"numbers_", "rows past the last are masked"),
     ("beam/sm80/load.h", r"<= is <", r"bool whole", SLOWER),
     ("beam/sm80/load.h", r"<= is <|if \(false\)", r"whole && (skew|index)", SLOWER),
     ("beam/sm80/load.h", r"> is >=", r"index > 0", "reads up to 15 bytes before the row, unused"),
@@ -30,8 +33,39 @@ EXPLAINED = (
     ("beam/sm80/topk.cu", r"<= is <|> is >=", r"capacity", "narrows once more than it must"),
     ("beam/sm80/topk.cu", r"< is <=", r"size \*= 2", "sorts more zeros"),
     ("beam/sm80/topk.cu", r"< is <=", r"i < size", "a zero behind the list, on unused words"),
-    ("beam/sm80/topk.cu", r"if \(false\)", r"splits == 1", "the only block takes a ticket too"),
-    ("beam/sm80/topk.cu", r"if \(false\)", r"\*ticket = 0", "each call zeros its tickets first"),
+    (
+        "beam/sm80/tickets.h",
+        r"< is <=|\+ 1024",
+        r"own\.count < count",
+        "other room to spare",
+    ),
+    ("beam/sm80/tickets.h", r"if \(false\)", r"CaptureStatusNone", "a GPU alone captures graphs"),
+    ("lora/sm80/common.h", r"< is <=", r"left < most", EXACT),
+    ("lora/sm80/common.h", r"\? :", r"int turn =", "chunks lie in other banks"),
+    ("lora/sm80/common.h", r"if \(false\)", r"if \(aligned\)", SLOWER),
+    ("lora/sm80/decode.cu", r"< is <=", r"step < p\.in|first < p\.rank", MORE),
+    ("lora/sm80/decode.cu", r">= is >|16 is|if \(false\)", r"16 \* i >= p\.rank", MORE),
+    ("lora/sm80/decode.cu", r"\? :", r"\(exists \?", "the address of what is not read"),
+    ("lora/sm80/decode.cu", r"<= is <|if \(false\)", r"p\.rows <= (8|16)", SLOWER),
+    ("lora/sm80/gradient.cu", r"if \(false\)", r"narrow_ranks", SLOWER),
+    (
+        "lora/sm80/lora.cu",
+        r"< is <=|\? :|if \(false\)",
+        r"known\[device\]",
+        AGAIN,
+    ),
+    ("lora/sm80/lora.cu", r"if \(false\)", r"capability != 0", AGAIN),
+    ("lora/sm80/lora.cu", r"if \(false\)", r"cudaMemsetAsync", "zeroing never fails here"),
+    ("lora/sm80/lora.cu", r"if \(false\)", r"p\.rows == 0", "kernels without rows do nothing"),
+    ("lora/sm80/product.cu", r"no ptx", r"copy_wait_all", "the last groups of copies are empty"),
+    ("lora/sm80/product.cu", r"if \(false\)", r"out_aligned|step < whole", SLOWER),
+    ("lora/sm80/product_float.cu", r"if \(false\)", r"order\.empty", MORE),
+    ("lora/sm80/shrink.cu", r"if \(false\)", r"order\.empty", MORE),
+    ("lora/sm80/shrink.cu", r"if \(false\)", r"narrow_ranks", SLOWER),
+    ("", r"<= is <|- 1", r"keep\.below|d\.threshold - 1", "one random word in 2^32 differs"),
+    ("", r"one less|\? :", r"__launch_bounds__|copy_wait<k\w+ - 2>|at\[kAlong", CONSTANT),
+    ("", r"\+ 1 is", r"^float (part|h)\[", CONSTANT),
+    ("", r"if \(false\)", r"call\.rows == 0 \|\|", "nobody calls it so"),
 )
 
 

@@ -25,6 +25,8 @@ import pytest
 
 from flashkern import _ops
 
+BROKEN = "the plugin failed"  # which catches no fault
+
 hypothesis.settings.register_profile(
     "faults",
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # no shrinking
@@ -41,8 +43,11 @@ class FirstFailure:
         self.pipe, self.usual = pipe, usual
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Whoever needs ten times the CPU seconds that the test takes without a fault hangs."""
-        signal.setitimer(signal.ITIMER_PROF, 1 + 10 * self.usual.get(nodeid, 3.0))
+        """Whoever needs ten times the CPU seconds that the test takes without a fault hangs.
+
+        The first test of a process also pays for what torch imports late: some seconds more.
+        """
+        signal.setitimer(signal.ITIMER_PROF, 6 + 10 * self.usual.get(nodeid, 3.0))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.failed:
@@ -72,7 +77,7 @@ class Task:
 
     def chosen(self, items: list[pytest.Item], fault: int) -> list[pytest.Item]:
         """The tests that can see a fault, the quick ones first, as long as the budget lasts."""
-        if fault == 0 or not self.asked.exists():
+        if fault == 0 or not self.asked.exists() or not self.usual.exists():
             return items
         usual, asked = (json.loads(path.read_text()) for path in (self.usual, self.asked))
         items = [item for item in items if fault in asked[item.nodeid]]
@@ -124,12 +129,14 @@ def run(session: pytest.Session, fault: int, task: Task) -> str:
         try:
             run_child(session, fault, task, write_end)
         except BaseException as error:
-            os.write(write_end, f"crash\t\t{error!r}".encode())
+            os.write(write_end, f"{BROKEN}: {error!r}".encode())
         finally:
             os._exit(2)
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
         said = pipe.read()
+    if said.startswith(BROKEN):
+        raise RuntimeError(said)
     return re.sub(r"[ \n]+", " ", outcome(os.waitpid(child, 0)[1], said))
 
 

@@ -39,6 +39,7 @@ SHAPES = [
     (97, 256, 512, 16),
     (96, 300, 31, 64),
     (211, 97, 101, 13),
+    (257, 24, 40, 4),  # two parts of rows, and one row more
     (400, 64, 48, 8),
     (700, 513, 300, 5),
     (3300, 24, 40, 4),  # segments of more than one block

@@ -120,7 +120,9 @@ class Block {
   FK_DEVICE void make_rows() {
     const Work& w = shared_.work;
     for (int i = static_cast<int>(threadIdx.x); i < Shared::kRows; i += kThreads) {
-      shared_.rows[i] = make_row(p_, w.sequence, w.kv_head, min(w.row_begin + i, w.row_end - 1));
+      const int row = min(w.row_begin + i, w.row_end - 1);
+      const Row made = make_row(p_, w.sequence, w.kv_head, row);
+      shared_.rows[i] = made;
     }
     for (int i = 0; i < 2 * kStrips; ++i) state(i / 2, i % 2) = {};
     __syncthreads();
