@@ -38,7 +38,6 @@ EXPLAINED = (
     ("beam/sm80/topk.cu", r"< is <=", r"size \*= 2", "sorts more zeros"),
     ("beam/sm80/topk.cu", r"< is <=", r"i < size", "a zero behind the list, on unused words"),
     ("beam/sm80/topk.cu", r"if \(false\)", r"splits == 1", "the only block takes a ticket too"),
-    ("beam/sm80/topk.cu", r"if \(false\)", r"\*ticket = 0", "each call zeros its tickets first"),
 )
 
 
