@@ -5,6 +5,7 @@
 #   make test                         builds, runs every test
 #   make test-emulated [VARIANT=plain|race|asan]   the tests that run CUDA kernels on the host
 #   make test-faults [FAULTS="..."]   seeded faults in the CUDA kernels: all are to be caught (hours)
+#   make cuda-check                   the CUDA kernels for CUDA_ARCHS beside a CPU torch, by nvcc
 #   make lint, make format            what CI checks of style and types; mends what can be mended
 #   make sanitize                     the operator tests over an ASan + UBSan build
 #   make sanitize SANITIZER=thread    the same over a ThreadSanitizer build
@@ -26,7 +27,7 @@ SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 CPP := git ls-files '*.cpp' '*.h' '*.cu'
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help bench test test-emulated test-faults lint format sanitize wheel dev gpu gpu-test \
+.PHONY: help bench test test-emulated test-faults cuda-check lint format sanitize wheel dev gpu gpu-test \
   gpu-bench clean
 
 help:
@@ -42,6 +43,7 @@ test: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(MAKE) test-emulated VARIANT=asan
 	$(MAKE) test-emulated
 	$(MAKE) test-faults FAULTS="--sample 6 --operators beam"
+	$(MAKE) cuda-check
 
 lint: $(VENV)/lint.stamp
 	ruff check .
@@ -114,7 +116,31 @@ test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 test-faults: $(VENV)/test.stamp $(VENV)/built.stamp
 	$(PY) tests/faults $(FAULTS)
 
-# The package is copied beside the sanitized library. The sanitizer must be the first library in the
+# The library as a machine without a GPU would build it for others: the operators' CPU tests over it,
+# and tests/test_cuda_build.py of what nvcc made. It takes minutes, so it is the last of the tests.
+CUDA_ARCHS ?= 80;90a
+NVCC := $(shell PATH="$$PATH:/usr/local/cuda/bin" command -v nvcc)
+CUDA_CHECKED := build/cuda-check
+ifeq ($(NVCC),)
+cuda-check:
+	@echo "flashkern: no nvcc here; the checks of the CUDA kernels are left out"
+else
+cuda-check: $(VENV)/test.stamp
+	$(MAKE) dev PYTHON=$(PY) BUILD=build/cuda OUT=$(CURDIR)/$(CUDA_CHECKED)/flashkern \
+	  CMAKE_ARGS="-DFLASHKERN_ISAS=portable -DFLASHKERN_CUDA=1 '-DFLASHKERN_CUDA_ARCHS=$(CUDA_ARCHS)'"
+	$(call copy_package,$(CUDA_CHECKED))
+	cd $(CUDA_CHECKED) && PYTHONPATH=. $(PY) -m pytest -p no:cacheprovider tests/test_cuda_build.py \
+	  tests/test_build.py $(TESTS)
+endif
+
+# What tests need, beside a library of their own.
+define copy_package
+rm -rf $(1)/tests
+cp -r flashkern/*.py flashkern/compat flashkern/integrations $(1)/flashkern/
+cp -r tests tools pyproject.toml $(1)/
+endef
+
+# The package is copied beside the sanitized library; the sanitizer must be the first library in the
 # process. ThreadSanitizer: a race depends on no vector width, so one will do; it wants addresses
 # that are not random. -s: a report must not end in pytest's buffer when the process ends.
 SANITIZER ?= address
@@ -129,11 +155,9 @@ SANITIZE_RUN_thread := setarch -R env TSAN_OPTIONS=halt_on_error=1:ignore_nonins
 sanitize: $(VENV)/test.stamp
 	$(MAKE) dev PYTHON=$(PY) BUILD=build/$(SANITIZER) OUT=$(CURDIR)/$(SANITIZED)/flashkern \
 	  CMAKE_ARGS="-DFLASHKERN_SANITIZE=$(SANITIZER) $(SANITIZE_CMAKE_$(SANITIZER))"
-	rm -rf $(SANITIZED)/tests
-	cp -r flashkern/*.py flashkern/compat flashkern/integrations $(SANITIZED)/flashkern/
-	cp -r tests pyproject.toml $(SANITIZED)/
+	$(call copy_package,$(SANITIZED))
 	cd $(SANITIZED) && PYTHONPATH=. $(SANITIZE_RUN_$(SANITIZER)) \
-	  $(PY) -m pytest -s -p no:cacheprovider --ignore-glob "*gpu_build*" $(SANITIZE_TESTS)
+	  $(PY) -m pytest -s -p no:cacheprovider $(SANITIZE_TESTS)
 
 # What is there is used, what is missing is named: tools/gpu.py. A failed test does not stop gpu.
 gpu:

@@ -12,13 +12,23 @@ from flashkern.explain import planner
 
 
 def _attention_facts(
-    query: Tensor, key: Tensor, value: Tensor, keys: int, band: _attention_args.Band
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: int,
+    band: _attention_args.Band,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     batch, heads, rows, head_dim = query.shape
-    plan = _host.attention_plan(
-        batch, heads, key.shape[1], rows, keys, head_dim, value.shape[3],
-        query.element_size(), *band,
-    )  # fmt: skip
+    shape = (batch, heads, key.shape[1], rows, keys, head_dim, value.shape[3])
+    plan = _host.attention_plan(*shape, query.element_size(), *band)
+    if query.is_cuda or BACKEND:
+        work = {name: plan[name] for name in ("rows", "flops", "backward_flops", "bytes")}
+        plain = _is_plain(query, key, value, **options)
+        cut = _host.attention_gpu_plan(*shape, query.dtype == torch.float32, plain=plain)
+        form = cut.pop("form")
+        why = f"{work['rows']} query rows for each KV head: {_ATTENTION_FORMS[form]}"
+        return {"kernel": form, "why": why, **work, **cut}
     few = f"{plan['rows']} query rows for each KV head"
     limit = plan.pop("decode_rows")
     if query.dtype == torch.float64:
@@ -30,6 +40,31 @@ def _attention_facts(
     return {**plan, "why": why}
 
 
+_ATTENTION_FORMS = {
+    "few": "one warp, keys and values two tiles ahead",
+    "narrow": "16 rows a warp, for few rows, float32 or more than 128 columns",
+    "wide": "32 rows a warp share each key",
+    "plain": "32 rows a warp share each key, and scores take a scale and a mask alone",
+}
+
+
+def _is_plain(
+    *tensors: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    page_table: Tensor | None = None,
+    **_: Any,
+) -> bool:
+    """What csrc/attention/sm80/plan.h asks of a call that takes the plain form."""
+    bare = all(x is None for x in (bias, alibi_slopes, page_table))
+    aligned = all(s * t.element_size() % 16 == 0 for t in tensors for s in t.stride()[:-1])
+    positive = scale is None or scale >= 1e-30
+    return bare and aligned and positive and softcap == 0 and dropout_p == 0
+
+
 @planner("attention")
 def _attention(
     query: Tensor,
@@ -38,10 +73,10 @@ def _attention(
     *,
     causal: bool | str = False,
     window: _attention_args.Window = None,
-    **_: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     band = _attention_args.band("attention", causal, window, own_length=False)
-    return _attention_facts(query, key, value, key.shape[2], band)
+    return _attention_facts(query, key, value, key.shape[2], band, options)
 
 
 @planner("scaled_dot_product_attention")
@@ -52,10 +87,12 @@ def _sdpa(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    scale: float | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     query, key, value = (t[(None,) * (4 - t.dim())].flatten(0, -4) for t in (query, key, value))
-    return _attention(query, key, value, causal="top_left" if is_causal else False)
+    options = {"bias": attn_mask, "dropout_p": dropout_p, "scale": scale}
+    return _attention(query, key, value, causal="top_left" if is_causal else False, **options)
 
 
 @planner("attention_kvcache")
@@ -67,11 +104,12 @@ def _attention_kvcache(
     page_table: Tensor | None = None,
     causal: bool | str = False,
     window: _attention_args.Window = None,
-    **_: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     keys = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
     band = _attention_args.band("attention_kvcache", causal, window, own_length=False)
-    return _attention_facts(query, k_cache, v_cache, keys, band)
+    options["page_table"] = page_table
+    return _attention_facts(query, k_cache, v_cache, keys, band, options)
 
 
 @planner("lora_linear")

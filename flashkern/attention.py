@@ -144,7 +144,8 @@ def attention_varlen(
     Raises:
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number.
-        RuntimeError: cu_seqlens that fall, leave the tensors or pass max_seqlen.
+        RuntimeError: cu_seqlens that fall, leave the tensors or pass max_seqlen. On a GPU nothing
+            waits to look: a sequence ends where its tensor or max_seqlen does.
 
     Example:
         >>> import torch, flashkern as fk
@@ -254,7 +255,8 @@ def attention_kvcache(
     Raises:
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number, or appended tensors that require gradients.
-        RuntimeError: lengths that leave the cache, or pages that do not exist.
+        RuntimeError: lengths that leave the cache, or pages that do not exist. On a GPU nothing
+            waits to look: lengths end where the cache does, and pages must exist.
 
     Example:
         >>> import torch, flashkern as fk

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 
 from flashkern import _host, _ops
@@ -21,50 +22,66 @@ class Plan:
         operator: the operator's name.
         kernel: the kernel that would run.
         why: why that one.
-        isa: CPU instruction set; threads: how many would share the work.
+        device: ``"cpu"``, ``"cuda"``, or ``"emulated"``: the CUDA kernels' sources on a CPU.
+        isa: the CPU instruction set, or ``"sm_80"``: what the GPU kernels are written for.
+        threads: of the CPU, how many would share the work; 0 on a GPU.
         tile: block sizes, counts of tasks and whatever else the kernel's plan decides.
         flops: multiply-adds counted as two.
         bytes: each input read once, each output written once.
-        peak_flops, peak_bytes: this machine's limits per second, measured once in a process.
+        peak_flops, peak_bytes: this CPU's limits per second, measured once in a process; None
+            elsewhere: a plan needs no GPU, and says nothing of the speed of one.
     """
 
     operator: str
     kernel: str
     why: str
+    device: str
     isa: str
     threads: int
     flops: float
     bytes: float
-    peak_flops: float
-    peak_bytes: float
+    peak_flops: float | None
+    peak_bytes: float | None
     tile: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def compute_seconds(self) -> float:
-        """Time at the machine's multiply-add peak."""
-        return self.flops / self.peak_flops
+    def compute_seconds(self) -> float | None:
+        """Time at the machine's multiply-add peak; None where that is not known."""
+        return None if self.peak_flops is None else self.flops / self.peak_flops
 
     @property
-    def memory_seconds(self) -> float:
-        """Time at the machine's read bandwidth."""
-        return self.bytes / self.peak_bytes
+    def memory_seconds(self) -> float | None:
+        """Time at the machine's read bandwidth; None where that is not known."""
+        return None if self.peak_bytes is None else self.bytes / self.peak_bytes
 
     @property
     def limit(self) -> str:
-        """``"compute"`` or ``"memory"``, whichever takes longer."""
-        return "compute" if self.compute_seconds >= self.memory_seconds else "memory"
+        """``"compute"`` or ``"memory"``, whichever takes longer; ``"unknown"`` without peaks."""
+        compute, memory = self.compute_seconds, self.memory_seconds
+        if compute is None or memory is None:
+            return "unknown"
+        return "compute" if compute >= memory else "memory"
+
+    def _limit_line(self) -> str:
+        if self.peak_flops is None or self.peak_bytes is None:
+            intensity = self.flops / self.bytes if self.bytes else 0.0
+            return f"unknown on {self.device}: {intensity:.3g} FLOP for each byte"
+        return (
+            f"{self.limit}: {1e3 * self.flops / self.peak_flops:.3g} ms at "
+            f"{self.peak_flops / 1e9:.3g} GFLOP/s, {1e3 * self.bytes / self.peak_bytes:.3g} ms at "
+            f"{self.peak_bytes / 1e9:.3g} GB/s"
+        )
 
     def __str__(self) -> str:
         tile = ", ".join(f"{name} {value}" for name, value in self.tile.items())
+        threads = f", {self.threads} threads" if self.threads else ""
         return "\n".join(
             [
-                f"{self.operator}: {self.kernel} on cpu/{self.isa}, {self.threads} threads",
+                f"{self.operator}: {self.kernel} on {self.device}/{self.isa}{threads}",
                 f"  why    {self.why}",
                 f"  tile   {tile}",
                 f"  work   {self.flops / 1e6:.4g} MFLOP, {self.bytes / 1e6:.4g} MB",
-                f"  limit  {self.limit}: {1e3 * self.compute_seconds:.3g} ms at "
-                f"{self.peak_flops / 1e9:.3g} GFLOP/s, {1e3 * self.memory_seconds:.3g} ms at "
-                f"{self.peak_bytes / 1e9:.3g} GB/s",
+                f"  limit  {self._limit_line()}",
             ]
         )
 
@@ -96,6 +113,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
         op: attention, attention_kvcache, scaled_dot_product_attention, lora_linear, beam_topk, or
             one of these names.
         *args, **kwargs: the call's arguments, checked as the call would; nothing is computed.
+            Fake tensors will do, such as those of a GPU that is not there.
 
     Returns:
         A :class:`Plan`; print it.
@@ -119,16 +137,20 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
     if name not in _PLANNERS:
         known = ", ".join(sorted(_PLANNERS))
         raise ValueError(f"explain: op must be one of {known}, got {name}")
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the call's own checks, on shapes alone
+    mode = detect_fake_mode((args, kwargs)) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:  # the call's own checks, on shapes alone
         getattr(flashkern, name)(*args, **kwargs)
     facts = _PLANNERS[name](*args, **kwargs)
-    threads = torch.get_num_threads()
-    peak_flops, peak_bytes = machine_limits(threads)
+    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in (*args, *kwargs.values()))
+    device = "cuda" if on_gpu else _ops.BACKEND or "cpu"
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    peak_flops, peak_bytes = machine_limits(threads) if device == "cpu" else (None, None)
     return Plan(
         operator=name,
         kernel=facts.pop("kernel"),
         why=facts.pop("why"),
-        isa=_ops.cpu_isa(),
+        device=device,
+        isa=_ops.cpu_isa() if device == "cpu" else "sm_80",
         threads=threads,
         flops=facts.pop("flops"),
         bytes=facts.pop("bytes"),

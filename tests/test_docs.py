@@ -13,7 +13,7 @@ import pytest
 import flashkern
 
 ROOT = Path(flashkern.__file__).parent.parent
-OPTIONAL = ("transformers", "peft")
+OPTIONAL = ("transformers", "peft", "cupy")
 
 
 @contextmanager

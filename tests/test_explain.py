@@ -1,7 +1,10 @@
 """explain says which kernel a call runs, what it costs, and refuses what the call would refuse."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import flashkern as fk
 
@@ -25,6 +28,39 @@ def test_lora_and_beam() -> None:
     assert plan.flops == 2 * 5 * (64 * 32 + 8 * 96)
     beam = fk.explain("beam_topk", torch.randn(1, 4, 1000), torch.zeros(1, 4), 8)
     assert beam.bytes >= 4 * 1000 * 4 and beam.tile["chunk"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({}, "plain"),
+        ({"softcap": 2.0}, "wide"),
+        ({"scale": -1.0}, "wide"),
+        ({"causal": True}, "plain"),
+    ],
+)
+def test_attention_on_a_gpu_that_is_not_there(options: dict[str, Any], form: str) -> None:
+    with FakeTensorMode():
+        q = torch.empty(2, 8, 256, 128, device="cuda", dtype=torch.bfloat16)
+        cache = torch.empty(2, 2, 4096, 128, device="cuda", dtype=torch.bfloat16)
+        new = torch.empty(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+        plan = fk.explain(fk.attention, q, q, q, **options)
+        step = fk.explain(fk.attention, new, cache, cache)
+    assert plan.kernel == form and plan.tile["tile_rows"] == 128 and plan.tile["blocks"] == 32
+    assert plan.flops == 4 * 2 * 8 * 128 * (256 * 257 / 2 if "causal" in options else 256 * 256)
+    assert step.kernel == "few" and step.tile["splits"] == 4096 // step.tile["split_keys"]
+    assert step.tile["blocks"] == 2 * 2 * step.tile["splits"]
+    assert plan.peak_flops is None and plan.memory_seconds is None and plan.limit == "unknown"
+    assert "on cuda/sm_80\n" in str(plan) and "limit  unknown" in str(plan)
+
+
+def test_attention_on_this_back_end(backend: str) -> None:
+    q = torch.empty(1, 2, 256, 64)
+    plan = fk.explain(fk.attention, q, q, q)
+    cpu = backend not in ("emulated", "cuda")
+    assert plan.device == ("cpu" if cpu else backend)
+    assert plan.kernel == ("matrix" if cpu else "narrow")
+    assert (plan.peak_flops is not None) == cpu and ("threads" in str(plan)) == cpu
 
 
 def test_refusals() -> None:

@@ -18,13 +18,19 @@ struct Sequence {
   int64_t offset = 0;                  // row i meets key i + offset
 };
 
+// A packed sequence ends where its tensor does. The host has checked that on a CPU; on a GPU nobody
+// has, and a wrong number must not be an address.
+FK_HOST_DEVICE inline int64_t length_of(int64_t told, int64_t left, int64_t longest) {
+  return std::clamp<int64_t>(told, 0, std::min(left, longest));
+}
+
 FK_HOST_DEVICE inline Sequence sequence_of(const Problem& p, int64_t b) {
   Sequence s{b, 0, 0, p.seq_q, p.seq_k, 0};
   if (p.cu_seqlens_q != nullptr) {
-    s.q_start = p.cu_seqlens_q[b];
-    s.k_start = p.cu_seqlens_k[b];
-    s.q_length = p.cu_seqlens_q[b + 1] - s.q_start;
-    s.k_length = p.cu_seqlens_k[b + 1] - s.k_start;
+    s.q_start = std::clamp<int64_t>(p.cu_seqlens_q[b], 0, p.packed_q);
+    s.k_start = std::clamp<int64_t>(p.cu_seqlens_k[b], 0, p.packed_k);
+    s.q_length = length_of(p.cu_seqlens_q[b + 1] - s.q_start, p.packed_q - s.q_start, p.seq_q);
+    s.k_length = length_of(p.cu_seqlens_k[b + 1] - s.k_start, p.packed_k - s.k_start, p.seq_k);
   }
   const int64_t tensor_keys = s.k_length;
   if (p.kv_lengths != nullptr) {

@@ -16,6 +16,14 @@ struct Matrix {
   int64_t batch = 0, head = 0, row = 0;
 };
 
+// Whether every row starts at a multiple of 16 bytes.
+inline bool rows_aligned(const Matrix& m, int64_t element) {
+  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
+          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
+             16 ==
+         0;
+}
+
 struct Output {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;

@@ -6,15 +6,10 @@
 
 namespace flashkern::gpu {
 
-struct TopkWorkspace {
-  int64_t bytes = 0;         // of device memory, 16-byte aligned
-  int64_t ticket_bytes = 0;  // so many of them, from the start, are zero before the first launch
-};
+// Bytes of device memory, 16-byte aligned, that a launch works in.
+int64_t beam_topk_workspace(const beam::TopkParams& params);
 
-TopkWorkspace beam_topk_workspace(const beam::TopkParams& params);
-
-// One launch; reads nothing back. It leaves the tickets zero, so that the same workspace serves the
-// next launch on its stream and every replay of a graph.
+// One launch; reads nothing back.
 void beam_topk(const beam::TopkParams& params, void* workspace, GpuStream stream);
 
 }  // namespace flashkern::gpu

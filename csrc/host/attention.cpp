@@ -58,7 +58,7 @@ py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int6
   if (!plain) p.softcap = 1;  // or any other option that scores can have
   const sm80::ForwardPlan plan = sm80::plan_forward(p);
   py::dict out;
-  const char* const forms[] = {"few", "narrow", "wide"};
+  const char* const forms[] = {"few", "narrow", "wide", "plain"};
   out["form"] = forms[static_cast<int>(plan.form)];
   out["dim"] = plan.dim;
   out["warps"] = plan.warps;

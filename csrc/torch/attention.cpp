@@ -112,6 +112,16 @@ void check_pages(const int32_t* table, int64_t row, int64_t batch, int64_t colum
   }
 }
 
+// attention_kvcache's lengths; attention's kv_lengths may pass the last key.
+void check_cache_lengths(const Problem& p, const Tensor& lengths) {
+  if (p.alignment != attention::Alignment::kOwnLength || !host_readable(lengths)) return;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    STD_TORCH_CHECK(p.kv_lengths[b] >= 0 && p.kv_lengths[b] <= p.seq_k,
+                    "attention: cache_lengths must lie in [0, ", p.seq_k, "], got ",
+                    p.kv_lengths[b]);
+  }
+}
+
 void set_packed(Problem& p, const AttentionArguments& a) {
   STD_TORCH_CHECK(a.cu_seqlens_k.has_value(), "attention: cu_seqlens_k must be given too");
   p.batch = a.cu_seqlens_q->size(0) - 1;
@@ -235,6 +245,7 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
     if (a.page_table.has_value()) set_paged(p, a);
   }
   p.alignment = static_cast<attention::Alignment>(a.alignment);
+  if (p.kv_lengths != nullptr) check_cache_lengths(p, *a.kv_lengths);
   p.window_left = a.window_left;
   p.window_right = a.window_right;
   p.scale = a.scale;

@@ -19,10 +19,8 @@ void run(const beam::TopkParams& p, const Tensor& logits, const Tensor& beam_sco
   if constexpr (kGpuKernels) {
     if (on_gpu(logits)) {
       const GpuScope scope(logits);
-      const auto [bytes, ticket_bytes] = gpu::beam_topk_workspace(p);
-      Tensor workspace = torch::stable::new_empty(beam_scores, {bytes}, ScalarType::Byte);
-      Tensor tickets = torch::stable::narrow(workspace, 0, 0, ticket_bytes);
-      torch::stable::zero_(tickets);  // on torch's stream, so a captured graph holds it too
+      const Tensor workspace =
+          torch::stable::new_empty(beam_scores, {gpu::beam_topk_workspace(p)}, ScalarType::Byte);
       return gpu::beam_topk(p, workspace.mutable_data_ptr(), scope.stream());
     }
   }

@@ -128,6 +128,74 @@ def test_dtypes_and_head_dims(backend: str, dtype: torch.dtype, dim: int, value_
     check(draw((1, 4, 2, 37, 70), dim, dtype, value_dim), causal=True)
 
 
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"causal": "top_left", "sinks": torch.tensor([0.5, -1.0])},
+    {"window": (37, 11)},
+    {"kv_lengths": torch.tensor([90])},
+    {"scale": -0.2},
+    {"softcap": 3.0, "causal": True},
+    {"alibi_slopes": torch.tensor([0.5, 0.1]), "causal": True},
+]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=lambda options: ", ".join(options) or "plain")
+@pytest.mark.parametrize("rows", [16, 17, 33, 64, 65, 128, 129])
+def test_rows_of_a_block(backend: str, rows: int, options: dict[str, Any]) -> None:
+    """16, 64 and 128 rows fill the blocks of the kernel's forms, tiles are of 64 keys."""
+    if backend not in GPU:
+        pytest.skip("the forms are the GPU kernel's")
+    check(draw((1, 2, 2, rows, 150), 64, torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(8, 8), (32, 24), (64, 128), (128, 128), (136, 256)]
+)
+@pytest.mark.parametrize("group", [1, 3])
+def test_many_rows_and_head_dims(
+    backend: str, dtype: torch.dtype, dim: int, value_dim: int, group: int
+) -> None:
+    if backend not in GPU:
+        pytest.skip("the forms are the GPU kernel's")
+    tensors = draw((1, 2 * group, 2, 130 // group, 200), dim, dtype, value_dim)
+    check(tensors, causal=True)
+    check(tensors, softcap=5.0, window=(70, 3))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_many_rows_with_a_bias_and_dropout(backend: str, dtype: torch.dtype) -> None:
+    if backend not in GPU:
+        pytest.skip("the forms are the GPU kernel's")
+    tensors, bias = draw((1, 2, 1, 70, 150), 64, dtype), torch.randn(1, 2, 70, 150).to(dtype)
+    check(tensors, bias=bias.requires_grad_())
+    check(tensors, bias=torch.rand(1, 1, 70, 150) < 0.7)
+    torch.manual_seed(7)
+    keep = random.attention_keep_mask(random.draw_seed(), 0.4, 1, 2, 70, 150)
+    check(tensors, keep=keep, dropout_p=0.4)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
+def test_a_row_has_the_same_bits_among_any_others(backend: str, options: dict[str, Any]) -> None:
+    """Whatever number of rows picks the kernel's form, here in dense and in ragged batches."""
+    if backend not in GPU:
+        pytest.skip("CPU panels of other widths add in another order")
+    query, key, value = (t.detach() for t in draw((1, 1, 1, 140, 600), 64, torch.bfloat16))
+    whole = fk.attention(query, key, value, **options)
+    for rows in (65, 100):
+        some = fk.attention(query[:, :, :rows], key, value, **options)
+        assert torch.equal(some, whole[:, :, :rows])
+    lengths = (10, 140, 40)
+    packed = torch.cat([query[0, :, :n] for n in lengths], 1).transpose(0, 1)
+    keys, values = (t[0].transpose(0, 1).repeat(3, 1, 1) for t in (key, value))
+    starts = [torch.tensor(s, dtype=torch.int32) for s in ([0, 10, 150, 190], [0, 600, 1200, 1800])]
+    ragged = fk.attention_varlen(packed, keys, values, *starts, 140, 600, **options)
+    for n, rows in zip(lengths, ragged.split(lengths), strict=True):
+        alone = fk.attention(query[:, :, :n], key, value, **options)
+        assert torch.equal(rows.transpose(0, 1), alone[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (40, 72), (24, 136)])
 @pytest.mark.parametrize("rows", [1, 2])

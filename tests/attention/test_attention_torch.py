@@ -10,12 +10,15 @@ from torch.library import opcheck
 import flashkern as fk
 from flashkern._attention_ops import APPEND, FORWARD
 
+BOTH_PASSES = pytest.mark.kernels("attention_forward", "attention_backward")
+
 
 def tensors(dtype: torch.dtype = torch.float32, rows: int = 9, **options: Any) -> list[Any]:
     return [torch.randn(2, 2, rows, 16, dtype=dtype, **options) for _ in range(3)]
 
 
-def test_opcheck() -> None:
+@BOTH_PASSES
+def test_opcheck(backend: str) -> None:
     q, k, v = tensors(requires_grad=True)
     bias, sinks = torch.randn(1, 2, 9, 9, requires_grad=True), torch.randn(2, requires_grad=True)
     none = (None,) * 5
@@ -38,7 +41,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(call, (q, k, v, bias, sinks))
 
 
-def test_compile_fullgraph() -> None:
+@BOTH_PASSES
+def test_compile_fullgraph(backend: str) -> None:
     q, k, v = tensors(requires_grad=True)
     compiled = torch.compile(
         lambda q, k, v: fk.attention(q, k, v, causal=True) * 2, fullgraph=True, backend="aot_eager"
@@ -56,14 +60,15 @@ def test_autocast() -> None:
         assert fk.attention(*tensors()).dtype == torch.bfloat16
 
 
-def test_vmap() -> None:
+def test_vmap(backend: str) -> None:
     q, k, v = (torch.randn(3, 2, 2, 9, 16) for _ in range(3))
     got = torch.vmap(lambda *t: fk.attention(*t, causal=True))(q, k, v)
     want = torch.stack([fk.attention(*t, causal=True) for t in zip(q, k, v, strict=True)])
     assert torch.equal(got, want)
 
 
-def test_double_backward_is_refused() -> None:
+@BOTH_PASSES
+def test_double_backward_is_refused(backend: str) -> None:
     q, k, v = tensors(requires_grad=True)
     (grad,) = torch.autograd.grad(fk.attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
@@ -85,7 +90,7 @@ def test_forward_mode_and_func_grad_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (2, 3, 2, 5, 16), (2, 2, 5, 13)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_sdpa_takes_what_torch_takes(shape: tuple[int, ...], causal: bool) -> None:
+def test_sdpa_takes_what_torch_takes(backend: str, shape: tuple[int, ...], causal: bool) -> None:
     q, k, v = (torch.randn(shape) for _ in range(3))
     got = fk.scaled_dot_product_attention(q, k, v, is_causal=causal)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)

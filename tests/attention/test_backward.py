@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import HALF, check, draw, run
+from test_attention import GPU, HALF, check, draw, run
 from torch import Tensor
 
 import flashkern as fk
@@ -28,7 +28,7 @@ STARTS_K = torch.tensor([0, 40, 41, 300, 310, 310], dtype=torch.int32)
         pytest.param((1, 1, 1, 150, 16), {}, id="one block of keys"),
         pytest.param((1, 1, 1, 5, 520), {}, id="few rows, many blocks of keys"),
         pytest.param((2, 1, 1, 129, 257), {"causal": True}, id="a tile and one more"),
-        pytest.param((1, 1, 1, 260, 260), {"window": (2, 0)}, id="a window within a block"),
+        pytest.param((1, 1, 1, 260, 260), {"window": (20, 0)}, id="a window within a block"),
         pytest.param((1, 6, 2, 45, 140), {"causal": True}, id="group of 3"),
         pytest.param((1, 8, 1, 21, 140), {"window": (40, 9)}, id="group of 8"),
         pytest.param((1, 1, 1, 40, 300), {"causal": "top_left"}, id="keys that nobody sees"),
@@ -39,6 +39,8 @@ STARTS_K = torch.tensor([0, 40, 41, 300, 310, 310], dtype=torch.int32)
 def test_tiles(
     backend: str, shape: tuple[int, int, int, int, int], options: Any, dim: int, dtype: Any
 ) -> None:
+    if dtype in HALF and backend not in GPU:
+        pytest.skip("a CPU is held to one rounding, and delta is made of an output already rounded")
     check(draw(shape, dim, dtype), **options)
 
 

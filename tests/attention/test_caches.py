@@ -35,6 +35,27 @@ def test_varlen(backend: str, options: dict, dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sequences", [1, 5, 70])
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_varlen_of_any_number_of_sequences(backend: str, sequences: int, rows: int) -> None:
+    """One long sequence among short and empty ones, more of them than a warp has lanes."""
+    lengths = [rows if i == sequences // 2 else i % 4 for i in range(sequences)]
+    keys = [600 if i == sequences // 3 else 1 + i % 9 for i in range(sequences)]
+    starts_q, starts_k = (
+        torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        for n in (lengths, keys)
+    )
+    query = torch.randn(sum(lengths), 4, 32).to(torch.bfloat16)
+    key, value = (torch.randn(sum(keys), 2, 32).to(torch.bfloat16) for _ in range(2))
+    got = fk.attention_varlen(
+        query, key, value, starts_q, starts_k, max(lengths), 600, causal=True, return_lse=True
+    )
+    wide = (t.double() for t in (query, key, value))
+    want = reference.attention_varlen(*wide, starts_q, starts_k, causal=True)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.kernels("attention_forward", "attention_append_kv")
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,9 +160,11 @@ def test_merge_where_every_part_is_empty(dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine[:3], theirs, rtol=close, atol=close)
 
 
-def test_lengths_outside_the_cache_are_refused() -> None:
+@pytest.mark.parametrize("length,appended", [(16, True), (17, False), (-1, False)])
+def test_lengths_outside_the_cache_are_refused(length: int, appended: bool) -> None:
     query, cache = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 16, 32)
-    with pytest.raises(RuntimeError):
+    new = {"k": query, "v": query} if appended else {}
+    with pytest.raises(RuntimeError, match="cache"):
         fk.attention_kvcache(
-            query, cache, cache.clone(), cache_lengths=torch.tensor([16]), k=query, v=query
+            query, cache, cache.clone(), cache_lengths=torch.tensor([length]), **new
         )

@@ -58,12 +58,15 @@ def test_a_ragged_batch_has_room_for_both_kinds() -> None:
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_form_follows_the_rows(dim: int) -> None:
-    half = [plan(1, 4, 1, rows, 4096, dim) for rows in (4, 5, 16, 17, 1024)]
-    wide = "narrow" if dim > 128 else "wide"
-    assert [cut["form"] for cut in half] == ["few", "narrow", "narrow", wide, wide]
-    assert len({cut["tile_keys"] for cut in half}) == 1  # so that a row's bits are the same in each
-    for options in ({"plain": False}, {"float32": True}):
-        assert plan(1, 4, 1, 1024, 4096, dim, **options)["form"] == "narrow"
+    def forms(**options: Any) -> list[str]:
+        cuts = [plan(1, 4, 1, rows, 4096, dim, **options) for rows in (4, 5, 16, 17, 1024)]
+        assert len({cut["tile_keys"] for cut in cuts}) == 1  # so a row's bits are the same in each
+        return [cut["form"] for cut in cuts]
+
+    two = dim <= 128
+    assert forms() == ["few", "narrow", "narrow"] + 2 * ["plain" if two else "narrow"]
+    assert forms(plain=False) == ["few", "narrow", "narrow"] + 2 * ["wide" if two else "narrow"]
+    assert forms(float32=True) == ["few"] + 4 * ["narrow"]
 
 
 def test_nothing_to_do_needs_nothing() -> None:

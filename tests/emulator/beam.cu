@@ -23,10 +23,6 @@ const char* fk_beam_topk(const flashkern::beam::TopkParams* p, void* workspace) 
 }
 
 int64_t fk_beam_workspace(const flashkern::beam::TopkParams* p) {
-  return flashkern::gpu::beam_topk_workspace(*p).bytes;
-}
-
-int64_t fk_beam_tickets(const flashkern::beam::TopkParams* p) {
-  return flashkern::gpu::beam_topk_workspace(*p).ticket_bytes;
+  return flashkern::gpu::beam_topk_workspace(*p);
 }
 }

@@ -96,18 +96,13 @@ class KeyBlock {
            (s_.k_start + begin_) * m.row;
   }
 
-  // The accumulators, not yet in use, are where K and V are widened.
   void pack() {
     const T* keys = row_of<T>(p_.key, s_, s_.k_start, kv_head_, begin_);
     const T* values = row_of<T>(p_.value, s_, s_.k_start, kv_head_, begin_);
-    widen_rows(keys, p_.key.row, live_, p_.head_dim, t_.grad_keys, t_.head_row);
-    transpose_rows(t_.grad_keys, t_.head_row, live_, p_.head_dim, t_.keys_t, t_.score_row,
-                   query_factor(p_));
-    widen_rows(t_.grad_keys, t_.head_row, live_, p_.head_dim, t_.keys_scaled, t_.head_row,
+    transpose_tile(keys, p_.key.row, live_, p_.head_dim, t_.keys_t, t_.score_row, query_factor(p_));
+    transpose_tile(values, p_.value.row, live_, p_.value_dim, t_.values_t, t_.score_row, 1.f);
+    widen_rows(keys, p_.key.row, live_, p_.head_dim, t_.keys_scaled, t_.head_row,
                static_cast<float>(p_.scale));
-    widen_rows(values, p_.value.row, live_, p_.value_dim, t_.grad_values, t_.value_row);
-    transpose_rows(t_.grad_values, t_.value_row, live_, p_.value_dim, t_.values_t, t_.score_row,
-                   1.f);
   }
 
   // Rows [begin, end) of a tile, counted from its first, and the columns [left, right) that they

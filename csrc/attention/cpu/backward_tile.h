@@ -5,6 +5,7 @@
 
 #include "attention/cpu/scores.h"
 #include "attention/cpu/scratch.h"
+#include "simd/transpose.h"
 
 namespace flashkern::FK_ISA::attention {
 
@@ -91,17 +92,12 @@ inline void round_rows(const float* from, int64_t from_row, int64_t rows, int64_
 
 // to[d][j] = factor * from[j][d] for j < rows, and 0 up to the next multiple of kLanes: what is
 // computed from those columns is thrown away, and must not be NaN.
-inline void transpose_rows(const float* from, int64_t from_row, int64_t rows, int64_t n, float* to,
+template <class T>
+inline void transpose_tile(const T* from, int64_t from_row, int64_t rows, int64_t n, float* to,
                            int64_t to_row, float factor) {
-  constexpr int64_t kBlock = 16;  // columns written together: one cache line
-  const int64_t padded = pad_lanes(rows);
-  for (int64_t j = 0; j < padded; j += kBlock) {
-    const int64_t live = std::min(kBlock, rows - j), end = std::min(kBlock, padded - j);
-    for (int64_t d = 0; d < n; ++d) {
-      float* line = to + d * to_row + j;
-      for (int64_t k = 0; k < live; ++k) line[k] = from[(j + k) * from_row + d] * factor;
-      for (int64_t k = std::max<int64_t>(live, 0); k < end; ++k) line[k] = 0;
-    }
+  for (int64_t j = 0; j < rows; j += kLanes) {
+    const auto row = [&](int64_t lane) { return from + (j + lane) * from_row; };
+    transpose_rows(row, rows - j, n, factor, to + j, to_row);
   }
 }
 

@@ -2,28 +2,24 @@
 //
 // Memory of a thread (floats; D = head_dim, E = value_dim, M = rows of the task):
 //   queries   D x M     packed once, transposed, times scale * log2(e)
-//   out       M x E     accumulators, one panel of kPanel rows after the other
+//   out       E x M     accumulators, transposed too
 //   scores    128 x kPanel, twice where there is a bias
-//   staged    128 x E: values, packed; 128 x D: keys that are not float32 rows (bfloat16, pages)
-// With D = E = 64 and M = 128 that is 128 KiB beside 32 KiB of keys in place, and twice as much
+//   staged    128 x D keys and 128 x E values that are not float32 rows (bfloat16, pages)
+// With D = E = 64 and M = 128 that is 80 KiB beside 64 KiB of keys and values, and twice as much
 // with D = E = 128: half of an L2 of 512 KiB. Scores never leave L1.
 #pragma once
 
 #include "attention/cpu/panel.h"
 #include "attention/cpu/results.h"
 #include "attention/cpu/task.h"
+#include "simd/transpose.h"
 
 namespace flashkern::FK_ISA::attention {
 
-// Keys [begin, end) as rows of floats: in place, or widened and gathered into `staged`.
-struct StagedRows {
-  const float* data;
-  int64_t row;
-};
-
+// Keys or values [begin, end) as rows of floats: in place, or widened and gathered into `staged`.
 template <class T>
-inline StagedRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
-                             float* staged) {
+inline FloatRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
+                            float* staged) {
   if constexpr (std::is_same_v<T, float>) {
     const auto run = from.run(begin, end);
     if (run.end == end) return {run.rows, from.row};
@@ -44,38 +40,16 @@ inline StagedRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end,
   return {staged, dim};
 }
 
-// Values [begin, end) in panels of kPanel columns, [panel][n][kPanel], the last one padded with
-// zeros: the second product then walks contiguous memory whatever the value's stride is.
-template <class T>
-inline void pack_values(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
-                        float* packed) {
-  const int64_t n = end - begin;
-  for (int64_t j = begin; j < end;) {
-    const auto run = from.run(j, end);
-    const T* row = run.rows;
-    for (; j < run.end; ++j, row += from.row) {
-      float* out = packed + (j - begin) * kPanel;
-      int64_t d = 0;
-      for (; d + kPanel <= dim; d += kPanel, out += n * kPanel) {
-        store(out, load(row + d));
-        store(out + kLanes, load(row + d + kLanes));
-      }
-      for (int64_t i = 0; d < dim && i < kPanel; i += kLanes) {
-        const int64_t tail = std::clamp<int64_t>(dim - d - i, 0, kLanes);
-        store(out + i, load_partial(row + d + i, static_cast<int>(tail)));
-      }
-    }
-  }
-}
-
 // Queries of one panel, transposed to [head_dim][kPanel].
 template <class T>
 inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
   const Problem& p = *view.problem;
-  for (int lane = 0; lane < kPanel; ++lane) {
-    const T* from =
-        row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[lane], rows.query[lane]);
-    for (int64_t d = 0; d < p.head_dim; ++d) out[d * kPanel + lane] = to_float(from[d]) * factor;
+  for (int v = 0; v < kPanel; v += kLanes) {
+    const auto row = [&](int lane) {
+      return row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[v + lane],
+                       rows.query[v + lane]);
+    };
+    transpose_rows(row, kLanes, p.head_dim, factor, out + v, kPanel);
   }
 }
 
@@ -85,18 +59,19 @@ class MatrixTask {
   MatrixTask(const ForwardParams& p, const HeadView& view, const TaskRange& range, Scratch& scratch)
       : p_(p), view_(view), range_(range) {
     panels_ = static_cast<int>(ceil_div(range.row_end - range.row_begin, kPanel));
-    out_row_ = round_up(p.value_dim, kPanel);
-    const int64_t query_size = p.head_dim * kPanel, out_size = out_row_ * kPanel;
+    const int64_t query_size = p.head_dim * kPanel, out_size = p.value_dim * kPanel;
     const bool bias = p.bias.kind != BiasKind::kNone;
     const int64_t tile = kKeyBlock * kPanel;
-    scratch.reset(panels_ * (query_size + out_size) + 2 * tile +
-                  kKeyBlock * (p.head_dim + out_row_));
+    row_size_ = round_up(p.value_dim, kLanes);
+    scratch.reset(panels_ * (query_size + out_size) + 2 * tile + kPanel * row_size_ +
+                  kKeyBlock * (p.head_dim + p.value_dim));
     queries_ = scratch.take(panels_ * query_size);
     out_ = scratch.take(panels_ * out_size);
+    out_rows_ = scratch.take(kPanel * row_size_);
     tile_.scores = scratch.take(tile);
     tile_.bias = bias ? scratch.take(tile) : nullptr;
     staged_keys_ = scratch.take(kKeyBlock * p.head_dim);
-    staged_values_ = scratch.take(kKeyBlock * out_row_);
+    staged_values_ = scratch.take(kKeyBlock * p.value_dim);
   }
 
   void run() {
@@ -118,9 +93,10 @@ class MatrixTask {
   template <class Fn>
   void for_each_row(Fn&& fn) {
     for (int i = 0; i < panels_; ++i) {
+      turn_out(i);
       for (int lane = 0; lane < rows_[i].count; ++lane) {
         const RowState<float> state{states_[i].maximum[lane], states_[i].sum[lane]};
-        fn(range_.row_begin + i * kPanel + lane, state, out(i) + lane * out_row_);
+        fn(range_.row_begin + i * kPanel + lane, state, out_rows_ + lane * row_size_);
       }
     }
   }
@@ -129,10 +105,10 @@ class MatrixTask {
   void attend_block(int64_t begin, int64_t end) {
     // Starts at a multiple of 4 keys, for the dropout's counters.
     const int64_t first = std::max(view_.band.first_key(rows_[0].first_query), begin) / 4 * 4;
-    const auto keys =
-        stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim, staged_keys_);
-    pack_values(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim, staged_values_);
-    const KeyTile tile{keys.data, keys.row, staged_values_, first, end};
+    const KeyTile tile{
+        stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim, staged_keys_),
+        stage_rows(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim, staged_values_),
+        first};
     for (int i = 0; i < panels_; ++i) {
       const Interval seen = view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
       const int64_t from = std::max(seen.begin / 4 * 4, first), to = std::min(seen.end, end);
@@ -141,17 +117,28 @@ class MatrixTask {
     }
   }
 
+  // The accumulators of panel i, [value_dim][kPanel], become rows.
+  void turn_out(int i) {
+    for (int64_t e = 0; e < p_.value_dim; e += kLanes) {
+      for (int v = 0; v < kPanel; v += kLanes) {
+        const auto column = [&](int64_t lane) { return out(i) + (e + lane) * kPanel + v; };
+        transpose_rows(column, p_.value_dim - e, kLanes, 1.f, out_rows_ + v * row_size_ + e,
+                       row_size_);
+      }
+    }
+  }
+
   float* queries(int i) { return queries_ + i * p_.head_dim * kPanel; }
-  float* out(int i) { return out_ + i * out_row_ * kPanel; }
+  float* out(int i) { return out_ + i * p_.value_dim * kPanel; }
 
   const ForwardParams& p_;
   const HeadView& view_;
   const TaskRange& range_;
   int panels_;
-  int64_t out_row_;
+  int64_t row_size_;
   PanelRows rows_[kMaxTaskRows / kPanel];
   PanelState states_[kMaxTaskRows / kPanel];
-  float *queries_, *out_, *staged_keys_, *staged_values_;
+  float *queries_, *out_, *out_rows_, *staged_keys_, *staged_values_;
   PanelScratch tile_;
 };
 

@@ -1,19 +1,20 @@
 // One panel of query rows meets one block of keys: the inner step of the matrix kernel.
 //
-//                 P queries (two vectors)                value_dim
-//              +--------+                            +---------------+
-//   queries^T  | D x P  |  packed once               |  n x value_dim|  values, packed in panels
-//              +--------+                            +---------------+  of P columns
+//                 P queries (two vectors)
+//              +--------+
+//   queries^T  | D x P  |  packed once
+//              +--------+
 //   keys    +--+ +--------+        +--------+
-//   n x D   |  | | n x P  | -exp2- | n x P  | read as P x n -> P x value_dim accumulators
+//   n x D   |  | | n x P  | -exp2- | n x P  |  scores, then probabilities in the same place
 //           +--+ +--------+        +--------+
-//   float32 in   scores            probabilities, in the same place
-//   place, broadcast
+//   values^T             +-------+ +--------+
+//   E x n                |       | | E x P  |  accumulators
+//                        +-------+ +--------+
 //
-// P = kPanel: 8, 16 or 32. Scores are held transposed. Keys are then the broadcast operand of the
-// first product, read where they lie if they are float32; values are the vector operand of the
-// second. The softmax runs down the lanes without a horizontal step, and the running maximum and
-// sum of P rows are two vectors each.
+// P = kPanel: 8, 16 or 32. Everything that belongs to a query lies in its lane: keys and values are
+// the broadcast operand of both products, read where they lie if they are float32. The softmax runs
+// down the lanes without a horizontal step, and the running maximum and sum of P rows are two
+// vectors each.
 #pragma once
 
 #include "attention/cpu/scores.h"
@@ -75,32 +76,36 @@ struct PanelScratch {
   float* bias;
 };
 
-struct KeyTile {
-  const float* keys;
-  int64_t key_row;
-  const float* values;  // packed: [panel][end - begin][kPanel]
-  int64_t begin, end;
+struct FloatRows {
+  const float* data;
+  int64_t row;
 };
 
-// Rescales the rows of `out` whose maximum has moved; most blocks move none.
-inline void rescale_rows(float* out, int count, int64_t out_row, const float* factor) {
-  for (int lane = 0; lane < count; ++lane) {
-    if (factor[lane] == 1.f) continue;
-    float* row = out + lane * out_row;
-    for (int64_t e = 0; e < out_row; e += kLanes) store(row + e, load(row + e) * factor[lane]);
+struct KeyTile {
+  FloatRows keys, values;
+  int64_t begin;  // the first one's number
+};
+
+// Rescales the accumulators where a maximum has moved; most blocks move none.
+inline void rescale(float* out, int64_t value_dim, const VecF (&factor)[2]) {
+  if (!any((factor[0] != 1.f) | (factor[1] != 1.f))) return;
+  for (int64_t e = 0; e < value_dim; ++e, out += kPanel) {
+    store(out, load(out) * factor[0]);
+    store(out + kLanes, load(out + kLanes) * factor[1]);
   }
 }
 
 // Adds keys [begin, end) of `tile` to the panel. `queries` is [head_dim][kPanel], `out` is
-// [kPanel][value_dim].
+// [value_dim][kPanel].
 inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyTile& tile,
                          int64_t begin, int64_t end, const float* queries, PanelState& state,
                          float* out, const PanelScratch& scratch) {
   const Problem& p = *view.problem;
-  const int64_t n = end - begin;
+  const int64_t n = end - begin, skip = begin - tile.begin;
   float* s = scratch.scores;
-  const float* keys = tile.keys + (begin - tile.begin) * tile.key_row;
-  gemm<false>(n, kPanel, p.head_dim, {keys, tile.key_row, 1, queries, kPanel, s, kPanel});
+  const FloatRows &keys = tile.keys, &values = tile.values;
+  gemm<false>(n, kPanel, p.head_dim,
+              {keys.data + skip * keys.row, keys.row, 1, queries, kPanel, s, kPanel});
 
   if (p.softcap > 0) apply_softcap(s, n * kPanel, p.softcap);
   if (p.alibi_slopes != nullptr) apply_alibi(s, begin, n, view, rows);
@@ -108,23 +113,20 @@ inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyT
   const Interval all = view.band.all_keys(rows.first_query, rows.last_query + 1);
   if (begin < all.begin || end > all.end) apply_band(s, begin, n, rows);
 
-  alignas(64) float factor[kPanel];
-  for (int v = 0; v < kPanel; v += kLanes) {
-    store(factor + v, softmax_lanes(s + v, n, state.maximum + v, state.sum + v));
+  VecF factor[2];
+  for (int v = 0; v < 2; ++v) {
+    const int at = v * kLanes;
+    factor[v] = softmax_lanes(s + at, n, state.maximum + at, state.sum + at);
   }
   if (p.dropout_p > 0) apply_dropout(s, begin, n, view, rows);
 
-  const int64_t out_row = round_up(p.value_dim, kPanel);
-  GemmOperands product{s,      1,   kPanel, tile.values + (begin - tile.begin) * kPanel,
-                       kPanel, out, out_row};
-  if (state.touched) rescale_rows(out, rows.count, out_row, factor);
-  for (int64_t e = 0; e < out_row; e += kPanel, product.c += kPanel) {
-    if (state.touched) {
-      gemm<true>(rows.count, kPanel, n, product);
-    } else {
-      gemm<false>(rows.count, kPanel, n, product);
-    }
-    product.b += (tile.end - tile.begin) * kPanel;
+  const GemmOperands product{
+      values.data + skip * values.row, 1, values.row, s, kPanel, out, kPanel};
+  if (state.touched) {
+    rescale(out, p.value_dim, factor);
+    gemm<true>(p.value_dim, kPanel, n, product);
+  } else {
+    gemm<false>(p.value_dim, kPanel, n, product);
   }
   state.touched = true;
 }

@@ -19,13 +19,13 @@ struct HeadView {
   const Problem* problem;
   Sequence sequence;
   Band band;
-  int64_t kv_head;
+  int64_t kv_head, group;
 
   HeadView(const Problem& p, const Sequence& s, int64_t kv_head)
-      : problem(&p), sequence(s), band(p, s), kv_head(kv_head) {}
+      : problem(&p), sequence(s), band(p, s), kv_head(kv_head), group(p.group()) {}
 
-  int64_t query_of(int64_t row) const { return row / problem->group(); }
-  int64_t head_of(int64_t row) const { return kv_head * problem->group() + row % problem->group(); }
+  int64_t query_of(int64_t row) const { return row / group; }
+  int64_t head_of(int64_t row) const { return kv_head * group + row % group; }
 };
 
 template <class T>

@@ -1,12 +1,33 @@
-// The backward pass of attention with mma.sync, for sm_80 and newer: dQ, dK and dV in one kernel,
-// five products.
+// The backward pass of attention with mma.sync, for sm_80 and newer: dQ, dK and dV in one kernel.
+//
+//   P^T = 2^(scale log2e K Q^T - log2e lse)     dP^T = V dO^T     dS^T = P^T * (dP^T - delta)
+//   dV += P^T dO     dK += scale dS^T Q     dQ += scale dS K     dbias = dS       five products
+//
+//   block   a tile of keys of one KV head. It meets tiles of packed query rows, those alone that
+//           the mask lets it see; they are of all heads of the group, so dK and dV, which stay in
+//           registers, need no sum across blocks
+//   dQ      is summed in float32 in the workspace, in one order: blocks take turns at each tile
+//           (backward_turns.h). No atomics on sums; the same bits every time
+//   tile    keys x rows, warps; a warp's part of S^T and dP^T | of dK and dV | of dQ (bf16, fp16)
+//             to 64   128 x 64, 4   32 x 32, twice | 32 keys, all columns | 32 x 32     81 KiB
+//             to 128   64 x 64, 4   32 x 32        | 32 x 64              | 32 x 64     81 KiB
+//             to 256   32 x 32, 4   16 x 16        | 32 x 64              | 32 x 64     68 KiB
+//           float32: backward_plan.h. Q and dO have two stages up to 64 columns, else one
+//   step    barrier | S, dP, dS (to 64: dV, dK from the same registers) | barrier | dV, dK from
+//           shared memory, barrier, copies of the next tile | dQ. A step's sums are published
+//           behind the next step's first barrier; the turn is awaited behind it by one thread
+//   SASS    of a step of a warp, bf16 on sm_80: HMMA 320, LDSM 128, all 1327 (64);
+//           HMMA 320, LDSM 136, all 1172 (128); without a mask and with the sums of others
+//   numbers float32 sums; P and dS are rounded to the tensors' type before they multiply. Softcap,
+//           ALiBi, bias and dropout are a form of their own, with twice the warps
+//
+// Dao: FlashAttention-2 (2023), section 3.1.2.
 #pragma once
-
-#include <type_traits>
 
 #include "attention/gpu.h"
 #include "attention/sm80/backward_plan.h"
 #include "attention/sm80/backward_products.h"
+#include "attention/sm80/backward_shape.h"
 #include "attention/sm80/backward_turns.h"
 #include "attention/sm80/gradient.h"
 #include "attention/sm80/results.h"
@@ -14,51 +35,15 @@
 
 namespace flashkern::attention::sm80 {
 
-// How the warps of a block share its products; a number of columns is a warp's own.
-template <class T, int kDim>
-struct BackwardShape {
-  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(T));
-  static constexpr int kKeys = kTile.keys, kRows = kTile.rows, kWarps = kTile.warps;
-  static constexpr int kStages = kTile.stages;
-
-  static constexpr int kScoreKeys = kTile.score_keys, kScoreRows = kTile.score_rows;
-  static constexpr int kKeyParts = kKeys / kScoreKeys, kRowParts = kWarps / kKeyParts;
-  // A warp has all scores of its keys: they are the factors of its dK and dV as they stand.
-  static constexpr bool kHeld = kRowParts == 1;
-
-  static constexpr int kOfKeys = kKeys < 32 ? kKeys : 32;  // keys of a warp in dK and dV
-  static constexpr int kKeyColumns = kDim * (kKeys / kOfKeys) / kWarps;
-  static constexpr int kOfRows = kRows < 32 ? kRows : 32;  // rows of a warp in dQ
-  static constexpr int kRowColumns = kDim * (kRows / kOfRows) / kWarps;
-  static_assert(!kHeld || (kOfKeys == kScoreKeys && kKeyColumns == kDim));
-};
-
-struct Nothing {};
-template <class T, int kKeys, int kRows>
-struct Weights {
-  Tile<T, kKeys, kRows> weights;  // P^T
-};
-
-template <class T, int kDim, class Shape = BackwardShape<T, kDim>>
-struct BackwardStorage
-    : std::conditional_t<Shape::kHeld, Nothing, Weights<T, Shape::kKeys, Shape::kRows>> {
-  Tile<T, Shape::kKeys, kDim> keys, values;
-  Tile<T, Shape::kRows, kDim> queries[Shape::kStages], grads[Shape::kStages];
-  alignas(16) RowNumbers rows[Shape::kStages][Shape::kRows];
-  union {
-    Tile<T, Shape::kKeys, Shape::kRows> logits;  // dS^T
-    int ticket;                                  // before the first tile
-  };
-};
-
 // One tile of keys of one KV head. kFull: with softcap, ALiBi, a bias or dropout.
 template <class T, int kDim, bool kFull>
 class BackwardBlock {
  public:
-  using Shape = BackwardShape<T, kDim>;
-  using Shared = BackwardStorage<T, kDim>;
+  using Shape = BackwardShape<T, kDim, kFull>;
+  using Shared = BackwardStorage<T, kDim, kFull>;
   static constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows, kStages = Shape::kStages;
   static constexpr int kThreads = 32 * Shape::kWarps;
+  static constexpr int kPass = pass_rows<Tile<T, kRows, kDim>>(kThreads);
 
   FK_DEVICE BackwardBlock(const BackwardParams& p, const BackwardPlan& plan, const Sequence& s,
                           int kv_head, int begin, bool aligned)
@@ -75,6 +60,7 @@ class BackwardBlock {
         begin_(begin),
         warp_(static_cast<int>(ptx::warp_id() % Shape::kWarps)),
         aligned_(aligned),
+        pass_queries_(aligned && kPass % group_.heads == 0 ? kPass / group_.heads : 0),
         first_tile_(static_cast<int>(kv_head * plan.head_tiles + plan.first_tile(p, s))),
         numbers_(plan.numbers(p, s, kv_head)) {}
 
@@ -121,9 +107,10 @@ class BackwardBlock {
   static constexpr int kScoreM = Shape::kScoreKeys / 16, kScoreN = Shape::kScoreRows / 8;
   static constexpr int kSumM = Shape::kOfKeys / 16, kSumN = Shape::kKeyColumns / 8;
   static constexpr int kQueryM = Shape::kOfRows / 16;
-  // In two passes where registers are dear: one set of sums more would spill.
+  // dQ takes more than one pass where registers are dear.
+  static constexpr int kMostColumns = kFull || kDim > 128 ? 32 : 64;
   static constexpr int kQueryN =
-      Shape::kRowColumns / ((kFull || kDim > 128) && Shape::kRowColumns > 32 ? 16 : 8);
+      (Shape::kRowColumns < kMostColumns ? Shape::kRowColumns : kMostColumns) / 8;
   using Rows = QueryTile<kKeys, kRows>;
   using Scores = float[kScoreM][kScoreN][4];
 
@@ -145,34 +132,11 @@ class BackwardBlock {
 
   // Queries, dO and the numbers of a tile; nothing past the last row.
   FK_DEVICE void copy_rows(int index, Place start, int stage) {
-    using Shape = Tile<T, kRows, kDim>;
-    constexpr int kStep = kThreads / Shape::kChunks;
     const int rows = rows_ - index * kRows, thread = static_cast<int>(threadIdx.x);
-    const int chunk = thread % Shape::kChunks, column = chunk * Shape::kChunkElements;
-    const auto copy = [&](int r, auto&& copy_chunk) {
-      const Place place = start.after(r, group_);
-      const bool left = r < rows && column < dim(), right = r < rows && column < value_dim();
-      copy_chunk(shared_.queries[stage].chunk(r, chunk),
-                 left ? queries_ + place.at(p_.query) + column : queries_, left);
-      copy_chunk(shared_.grads[stage].chunk(r, chunk),
-                 right ? grads_ + place.at(p_.grad_output) + column : grads_, right);
-    };
-    const int first = thread / Shape::kChunks;
-    if (aligned_) {
-#pragma unroll
-      for (int i = 0; i < kRows; i += kStep) {
-        copy(first + i, [](T* to, const T* from, bool there) {
-          ptx::copy_async<16>(to, from, there ? 16 : 0);
-        });
-      }
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kRows; i += kStep) {
-        copy(first + i, [](T* to, const T* from, bool there) {
-          copy_slowly(to, from, there ? Shape::kChunkElements : 0);
-        });
-      }
-    }
+    copy_packed<kThreads>(shared_.queries[stage], queries_, p_.query, dim(), rows, start, group_,
+                          pass_queries_, aligned_);
+    copy_packed<kThreads>(shared_.grads[stage], grads_, p_.grad_output, value_dim(), rows, start,
+                          group_, pass_queries_, aligned_);
     if (thread < kRows) {
       ptx::copy_async<8>(&shared_.rows[stage][thread],
                          numbers_ + (thread < rows ? index * kRows + thread : 0),
@@ -324,13 +288,15 @@ class BackwardBlock {
   }
 
   FK_DEVICE void store_scores(Tile<T, kKeys, kRows>& to, const Scores& x, int row) const {
-    constexpr int kWide = Tile<T, kKeys, kRows>::kChunkElements;
+    using Scored = Tile<T, kKeys, kRows>;
+    constexpr int kWide = Scored::kChunkElements;
+    const int pair = lane() % 4 * 2;
+    const int at = block_at<Scored>(lane() / 4, pair / kWide, score_keys(), row) + pair % kWide;
 #pragma unroll
     for (int n = 0; n < 2 * kScoreM * kScoreN; ++n) {
       const int m = n / kScoreN / 2, h = n / kScoreN % 2, j = n % kScoreN;
-      const int column = row + 8 * j + lane() % 4 * 2;
-      T* chunk = to.chunk(score_keys() + 16 * m + 8 * h + lane() / 4, column / kWide);
-      store_pair(chunk + column % kWide, x[m][j][2 * h], x[m][j][2 * h + 1]);
+      store_pair(to.data + (at ^ 8 * j) + (16 * m + 8 * h) * kRows, x[m][j][2 * h],
+                 x[m][j][2 * h + 1]);
     }
   }
 
@@ -368,13 +334,14 @@ class BackwardBlock {
   Group group_;
   int kv_head_, rows_, begin_, warp_;
   bool aligned_;
+  int pass_queries_;
   int first_tile_;
   const RowNumbers* numbers_;
   float key_sums_[kSumM][kSumN][4] = {}, value_sums_[kSumM][kSumN][4] = {};
 };
 
 template <class T, int kDim, bool kFull>
-__global__ void __launch_bounds__(32 * BackwardShape<T, kDim>::kWarps, 1)
+__global__ void __launch_bounds__(32 * BackwardShape<T, kDim, kFull>::kWarps, 1)
     backward(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardPlan plan,
              const bool aligned) {
   using Block = BackwardBlock<T, kDim, kFull>;
@@ -394,16 +361,17 @@ __global__ void __launch_bounds__(32 * BackwardShape<T, kDim>::kWarps, 1)
 
 template <class T, int kDim, bool kFull>
 void launch_gradients(const BackwardParams& p, const BackwardPlan& plan, GpuStream stream) {
+  static_assert(sizeof(BackwardStorage<T, kDim, kFull>) <= 99 * 1024);
   const int64_t blocks = p.batch * p.kv_heads * plan.blocks_per_head;
   if (blocks == 0) return;
   bool aligned = true;
   for (const Matrix* m : {&p.query, &p.key, &p.value, &p.grad_output}) {
     aligned = aligned && rows_aligned(*m, sizeof(T));
   }
-  constexpr unsigned kThreads = 32 * BackwardShape<T, kDim>::kWarps;
+  constexpr unsigned kThreads = 32 * BackwardShape<T, kDim, kFull>::kWarps;
   ptx::launch(backward<T, kDim, kFull>,
-              {static_cast<unsigned>(blocks), kThreads, sizeof(BackwardStorage<T, kDim>)}, stream,
-              p, plan, aligned);
+              {static_cast<unsigned>(blocks), kThreads, sizeof(BackwardStorage<T, kDim, kFull>)},
+              stream, p, plan, aligned);
 }
 
 // One source for each dtype, backward_*.cu.

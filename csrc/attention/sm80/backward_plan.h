@@ -8,27 +8,30 @@
 #include "attention/mask.h"
 #include "attention/params.h"
 #include "attention/sm80/gradient.h"
+#include "attention/sm80/plan.h"
 #include "types.h"
 
 namespace flashkern::attention::sm80 {
 
 // A block's keys, the query rows of a step, and how warps share them: each has score_keys x
-// score_rows of the scores at a time. Every one takes less than the 99 KiB of sm_86 and sm_89, and
-// at 81 KiB two share a multiprocessor of sm_80.
+// score_rows of the scores at a time. `full`: more happens to a score, so twice the warps have
+// half the sums each. Every form takes less than the 99 KiB of sm_86 and sm_89, and two blocks of 4
+// warps share a multiprocessor of sm_80.
 struct BackwardTile {
   int keys, rows, warps;
   int stages;  // of queries and of dO
   int score_keys, score_rows;
 };
 
-FK_HOST_DEVICE constexpr BackwardTile backward_tile(int dim, int element_bytes) {
+FK_HOST_DEVICE constexpr BackwardTile backward_tile(int dim, int element_bytes, bool full) {
   if (element_bytes == 4) {
     if (dim <= 64) return {64, 32, 4, 1, 32, 16};
     if (dim <= 128) return {32, 32, 4, 1, 16, 16};
     return {16, 16, 2, 1, 16, 8};
   }
-  if (dim <= 64) return {128, 64, 4, 2, 32, 32};
-  if (dim <= 128) return {64, 64, 4, 1, 32, 32};
+  if (dim <= 32) return {128, 64, 4, 2, 32, 32};
+  if (dim <= 64) return {128, 64, full ? 8 : 4, 2, 32, 32};
+  if (dim <= 128) return {64, 64, full ? 8 : 4, 1, 32, full ? 16 : 32};
   return {32, 32, 4, 1, 16, 16};
 }
 
@@ -64,7 +67,7 @@ inline BackwardPlan plan_backward(const BackwardParams& p) {
   plan.rule = GradientRule(p);
   const int64_t dim = std::max(p.head_dim, p.value_dim);
   plan.dim = dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
-  const BackwardTile tile = backward_tile(plan.dim, p.dtype == DType::kFloat32 ? 4 : 2);
+  const BackwardTile tile = backward_tile(plan.dim, p.dtype == DType::kFloat32 ? 4 : 2, false);
   plan.keys = tile.keys;
   plan.rows = tile.rows;
   plan.blocks_per_head = static_cast<int>((p.seq_k + tile.keys - 1) / tile.keys);

@@ -17,16 +17,22 @@ enum class Stored { kByRows, kByK };
 // The compiler knows of these that they are small and not negative, which shortens addresses.
 FK_DEVICE int lane_of_warp() { return static_cast<int>(ptx::lane_id() & 31); }
 
-// What a lane passes to ldmatrix for the 16 x 16 block of a tile at (row, column); `own_row` < 16
-// and `own_chunk` < 2 are the lane's within it. Chunks turn with the own row alone.
+// Where the chunk (own_row, own_chunk) of the block at (row, column) lies in a tile: own_row < 8 or
+// a row of 16, own_chunk 0 or 1; row and column are multiples of 8. Chunks turn with the own row
+// alone, so that the rest is a sum and an exclusive or.
+template <class Tile>
+FK_DEVICE int block_at(int own_row, int own_chunk, int row, int column) {
+  constexpr int kColumns = Tile::kChunks * Tile::kChunkElements;
+  constexpr int kTurned = Tile::kChunks < 8 ? kColumns : 8 * Tile::kChunkElements;
+  const int turned = column % kTurned;
+  return (Tile::at(own_row, own_chunk) ^ turned) + (row * kColumns + column - turned);
+}
+
+// What a lane passes to ldmatrix for a 16 x 16 block.
 template <class T, int R, int C>
 FK_DEVICE const T* block_row(const Tile<T, R, C>& tile, int own_row, int own_chunk, int row,
                              int column) {
-  using Shape = Tile<T, R, C>;
-  constexpr int kTurned = Shape::kChunks < 8 ? C : 8 * Shape::kChunkElements;
-  const int turned = column % kTurned;
-  const int own = Shape::at(own_row, own_chunk) ^ turned;
-  return tile.data + own + (row * C + column - turned);
+  return tile.data + block_at<Tile<T, R, C>>(own_row, own_chunk, row, column);
 }
 
 template <Stored kA, class T, int R, int C>

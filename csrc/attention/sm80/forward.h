@@ -2,18 +2,19 @@
 //
 //   block   query rows of one KV head of one sequence, the heads of its group packed query by
 //           query, so that one read of a key serves them all. A warp owns 16 rows, or two strips of
-//           16, against every key; warps meet only where tiles change hands. plan.h has the three
-//           forms: few (16 rows), narrow (64), wide (128)
+//           16, against every key; warps meet only where tiles change hands. plan.h has the forms:
+//           few (16 rows), narrow (64), wide and plain (128)
 //   keys    in tiles of 16 KiB, those alone that some row of the block sees; where a sequence has
 //           few rows its keys are split among blocks and a second kernel merges
-//   memory  Q | K | V | what each row sees, its maximum and sum | the block's work: 73 KiB in the
-//           wide form at 128 columns, so that two blocks share a multiprocessor of sm_80, as its
+//   memory  Q | K | V | what each row sees, its maximum and sum | the block's work: 73 KiB for 128
+//           rows of 128 columns, so that two blocks share a multiprocessor of sm_80, as its
 //           registers allow; at most 99 KiB in any form. 16-byte chunks are swizzled, tails of rows
 //           and columns are zeros
 //   pipe    one stage: V(j) is copied during Q K(j)^T, K(j + 1) during the softmax and P V(j). A
 //           product of 128 x 64 x 128 takes about as long as memory to answer, the other block
 //           fills what is left. few: two stages, K(j + 1) and V(j + 1) come during all of step j
-//   regs    wide at 128 columns: 128 for sums, 64 for scores, 63 for all else; so states of rows
+//   regs    128 rows of 128 columns: 128 for sums, 64 for scores, 63 for all else; so states of
+//   rows
 //           live in shared memory between tiles
 //   numbers float32 sums; P is rounded to V's type (float32: products of TF32 pairs, products.h);
 //           exp2 within 2 ulp; a row's sum is kept by four lanes and joined at the end
@@ -26,7 +27,6 @@
 #include "attention/sm80/plan.h"
 #include "attention/sm80/results.h"
 #include "attention/sm80/scores.h"
-#include "attention/sm80/strips.h"
 #include "attention/sm80/work.h"
 #include "ptx/launch.h"
 
@@ -52,8 +52,8 @@ class Block {
   static constexpr int kKeys = Shared::kKeys, kStages = Shared::kStages;
   static constexpr int kStrips = form_strips(kForm);
   static constexpr int kThreads = 32 * form_warps(kForm, Shared::kRowBytes);
-  static constexpr bool kPlain = kForm == Form::kWide;
-  using Multiply = StripProducts<T, kDim, kKeys, kStrips>;
+  static constexpr bool kPlain = kForm == Form::kPlain;
+  using Multiply = Products<T, kDim, kKeys, kStrips>;
   using KeyTile = Tile<T, kKeys, kDim>;
   using Copy = TileCopy<kThreads, T, kKeys, kDim>;
 
@@ -240,6 +240,7 @@ void launch_forward(const ForwardParams& p, const ForwardPlan& plan, GpuStream s
   if (plan.form == Form::kNarrow) launch_form<T, kDim, Form::kNarrow>(p, plan, stream);
   if constexpr (has_wide(kDim, sizeof(T))) {
     if (plan.form == Form::kWide) launch_form<T, kDim, Form::kWide>(p, plan, stream);
+    if (plan.form == Form::kPlain) launch_form<T, kDim, Form::kPlain>(p, plan, stream);
   }
   if (plan.splits == 1) return;
   const int64_t rows = p.batch * p.kv_heads * plan.split_rows;

@@ -19,19 +19,15 @@ FK_HOST_DEVICE constexpr int tile_keys(int row_bytes) {
   return row_bytes > 512 ? 16 : row_bytes > 256 ? 32 : 64;
 }
 
-// Of the backward pass.
-FK_HOST_DEVICE constexpr int most_warps(int row_bytes) { return row_bytes > 512 ? 2 : 4; }
-
-// The three forms of the kernel: a block is kWarps warps of 16 kStrips query rows.
+// The forms of the kernel: a block is form_warps warps of 16 form_strips query rows.
 //
 //   few      1 warp,  16 rows    two stages of keys and values: bytes in flight are all that counts
 //   narrow   4 warps, 64 rows    one stage (float32 beyond 128 columns: 2 warps, 32 rows)
 //   wide     4 warps, 128 rows   one stage; two strips share each key that is read from shared
-//                                memory. Plain attention of half precision up to 128 columns:
-//                                accumulators of 128 columns leave no room for more
-//
-// few and narrow take every option.
-enum class Form { kFew, kNarrow, kWide };
+//                                memory. Half precision up to 128 columns: beyond, the sums of two
+//                                strips are more than a thread has registers
+//   plain    as wide, for scores that take a scale and a band alone, of contiguous keys
+enum class Form { kFew, kNarrow, kWide, kPlain };
 
 FK_HOST_DEVICE constexpr int form_warps(Form form, int row_bytes) {
   return form == Form::kFew ? 1 : row_bytes > 512 ? 2 : 4;
@@ -39,7 +35,7 @@ FK_HOST_DEVICE constexpr int form_warps(Form form, int row_bytes) {
 FK_HOST_DEVICE constexpr bool has_wide(int dim, int element_bytes) {
   return element_bytes == 2 && dim <= 128;
 }
-FK_HOST_DEVICE constexpr int form_strips(Form form) { return form == Form::kWide ? 2 : 1; }
+FK_HOST_DEVICE constexpr int form_strips(Form form) { return form < Form::kWide ? 1 : 2; }
 FK_HOST_DEVICE constexpr int form_stages(Form form) { return form == Form::kFew ? 2 : 1; }
 FK_HOST_DEVICE constexpr int form_rows(Form form, int row_bytes) {
   return 16 * form_strips(form) * form_warps(form, row_bytes);
@@ -99,20 +95,11 @@ inline bool plain_scores(const Problem& p) {
          p.dropout_p == 0 && static_cast<float>(p.scale) >= 1e-30f;
 }
 
-// Whether every row starts at a multiple of 16 bytes.
-inline bool rows_aligned(const Matrix& m, int64_t element) {
-  return (reinterpret_cast<uintptr_t>(m.data) | static_cast<uintptr_t>(m.batch * element) |
-          static_cast<uintptr_t>(m.head * element) | static_cast<uintptr_t>(m.row * element)) %
-             16 ==
-         0;
-}
-
 inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_bytes) {
   const int64_t rows = p.group() * p.seq_q;
   if (rows <= 16) return Form::kFew;
-  const bool wide = rows > 64 && has_wide(plan.dim, element_bytes) && plan.plain && plan.aligned &&
-                    p.page_table == nullptr;
-  return wide ? Form::kWide : Form::kNarrow;
+  if (rows <= 64 || !has_wide(plan.dim, element_bytes)) return Form::kNarrow;
+  return plan.plain && plan.aligned && p.page_table == nullptr ? Form::kPlain : Form::kWide;
 }
 
 // Blocks of one KV head. A ragged batch gets room for all that its packed rows can need: so many

@@ -1,11 +1,15 @@
-// The two products of attention for the 16 query rows of a warp, in the registers of mma.sync:
+// The two products of attention for the 16 kStrips query rows of a warp, in the registers of
+// mma.sync:
 //
-//   scores[j][4]   += Q K^T   16 x 8 keys each: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1),
-//                             with g = lane / 4, t = lane % 4
-//   out[s][j][4]   += P V     the same, 8 columns each, in strips of up to 64 columns
+//   scores[m][j][4] += Q K^T   strip m, 8 keys each: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t +
+//   1)
+//                              with g = lane / 4, t = lane % 4
+//   sums[m][j][4]   += P V     the same, 8 columns each
 //
 // P never leaves its registers: what a lane holds as a sum of the first product is what it must
-// hold as a factor of the second.
+// hold as a factor of the second. Every 32 keys or columns that are read from shared memory meet
+// all strips: with two of them a product of 16 x 8 x 16 costs 128 bytes of K or V, not 256. Columns
+// beyond head_dim are zeros; half precision multiplies them, float32 stops at `dim`.
 //
 // bfloat16 and float16 multiply exactly and add in float32. float32 is cut in two TF32 numbers, of
 // which three products are summed (small ones first): 21 bits of each factor count.
@@ -17,56 +21,74 @@
 
 namespace flashkern::attention::sm80 {
 
-FK_DEVICE constexpr int strip_columns(int dim) { return dim < 64 ? dim : 64; }
+template <int N>
+using Strip = float[N][4];
 
-template <int kDim>
-using Out = float[kDim / strip_columns(kDim)][strip_columns(kDim) / 8][4];
+// Products j to j + kCount - 1 of a strip.
+template <int kCount, int N>
+FK_DEVICE Strip<kCount>& part(Strip<N>& strip, int j) {
+  return reinterpret_cast<Strip<kCount>&>(strip[j]);
+}
 
-template <class T, int kDim, int kKeys>
+template <class T, int kDim, int kKeys, int kStrips>
 struct Products {
-  static constexpr int kScores = kKeys / 8, kStrip = strip_columns(kDim) / 8;
+  static constexpr int kScores = kKeys / 8, kColumns = kDim / 8;
+  using Scores = Strip<kScores>[kStrips];
+  using Sums = Strip<kColumns>[kStrips];
 
   template <int kRows>
-  FK_DEVICE static void scores(float (&d)[kScores][4], const Tile<T, kRows, kDim>& queries, int row,
-                               const Tile<T, kKeys, kDim>& keys, int dim) {
-    const int lane = ptx::lane_id();
+  FK_DEVICE static void scores(Scores& d, const Tile<T, kRows, kDim>& queries, int row,
+                               const Tile<T, kKeys, kDim>& keys, int) {
+    const uint32_t lane = ptx::lane_id();
+    const Blocks<T, kRows, kDim> q(queries, row + lane % 16, lane / 16);
+    const Blocks<T, kKeys, kDim> k(keys, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
-    for (int k = 0; k < kDim; k += 16) {
-      if (k >= dim) break;
-      uint32_t a[4], b[kScores][2];
-      ptx::ldmatrix(a, queries.chunk(row + lane % 16, k / 8 + lane / 16));
+    for (int c = 0; c < kDim / 16; ++c) {
+      uint32_t a[kStrips][4];
 #pragma unroll
-      for (int j = 0; j < kScores; j += 2) {
-        uint32_t four[4];
-        ptx::ldmatrix(four, keys.chunk(8 * j + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
-        b[j][0] = four[0], b[j][1] = four[1];
-        b[j + 1][0] = four[2], b[j + 1][1] = four[3];
+      for (int m = 0; m < kStrips; ++m) ptx::ldmatrix(a[m], q(m, c));
+#pragma unroll
+      for (int j = 0; j < kScores; j += 4) {
+        uint32_t b[2][4];
+        ptx::ldmatrix(b[0], k(j / 2, c));
+        ptx::ldmatrix(b[1], k(j / 2 + 1, c));
+        multiply(d, j, a, b);
       }
-      ptx::mma_strip<T>(d, a, b);
     }
   }
 
-  FK_DEVICE static void output(Out<kDim>& d, const float (&p)[kScores][4],
-                               const Tile<T, kKeys, kDim>& values, int dim) {
-    const int lane = ptx::lane_id();
+  FK_DEVICE static void output(Sums& d, const Scores& p, const Tile<T, kKeys, kDim>& values, int) {
+    const uint32_t lane = ptx::lane_id();
+    const Blocks<T, kKeys, kDim> v(values, lane % 16, lane / 16);
 #pragma unroll
-    for (int k = 0; k < kKeys; k += 16) {
-      const float (&low)[4] = p[k / 8], (&high)[4] = p[k / 8 + 1];
-      const uint32_t a[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]),
-                             ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t a[kStrips][4];
 #pragma unroll
-      for (int s = 0; s < kDim / 8 / kStrip; ++s) {
-        if (s * kStrip * 8 >= dim) break;
-        uint32_t b[kStrip][2];
+      for (int m = 0; m < kStrips; ++m) {
 #pragma unroll
-        for (int j = 0; j < kStrip; j += 2) {
-          uint32_t four[4];
-          ptx::ldmatrix_trans(four, values.chunk(k + lane % 16, s * kStrip + j + lane / 16));
-          b[j][0] = four[0], b[j][1] = four[1];
-          b[j + 1][0] = four[2], b[j + 1][1] = four[3];
+        for (int i = 0; i < 4; ++i) {
+          const float (&four)[4] = p[m][2 * k + i / 2];
+          a[m][i] = ptx::pack<T>(four[i % 2 * 2], four[i % 2 * 2 + 1]);
         }
-        ptx::mma_strip<T>(d[s], a, b);
       }
+#pragma unroll
+      for (int j = 0; j < kColumns; j += 4) {
+        uint32_t b[2][4];
+        ptx::ldmatrix_trans(b[0], v(k, j / 2));
+        ptx::ldmatrix_trans(b[1], v(k, j / 2 + 1));
+        multiply(d, j, a, b);
+      }
+    }
+  }
+
+ private:
+  // Two 16 x 16 blocks of B, each two products wide.
+  template <int N>
+  FK_DEVICE static void multiply(Strip<N> (&d)[kStrips], int j, const uint32_t (&a)[kStrips][4],
+                                 const uint32_t (&b)[2][4]) {
+#pragma unroll
+    for (int m = 0; m < kStrips; ++m) {
+      ptx::mma_strip<T>(part<4>(d[m], j), a[m], reinterpret_cast<const uint32_t (&)[4][2]>(b));
     }
   }
 };
@@ -92,13 +114,17 @@ FK_DEVICE void multiply_tf32x3(float (&d)[N][4], const float (&a)[4], const floa
   ptx::mma_strip<ptx::Tf32>(d, a_high, b_high);
 }
 
+// float32 has one strip; of its keys or columns 64 at a time.
 template <int kDim, int kKeys>
-struct Products<float, kDim, kKeys> {
-  static constexpr int kScores = kKeys / 8, kStrip = strip_columns(kDim) / 8;
+struct Products<float, kDim, kKeys, 1> {
+  static constexpr int kScores = kKeys / 8, kColumns = kDim / 8;
+  static constexpr int kGroup = kColumns < 8 ? kColumns : 8;
+  using Scores = Strip<kScores>[1];
+  using Sums = Strip<kColumns>[1];
 
   template <int kRows>
-  FK_DEVICE static void scores(float (&d)[kScores][4], const Tile<float, kRows, kDim>& queries,
-                               int row, const Tile<float, kKeys, kDim>& keys, int dim) {
+  FK_DEVICE static void scores(Scores& d, const Tile<float, kRows, kDim>& queries, int row,
+                               const Tile<float, kKeys, kDim>& keys, int dim) {
     const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
 #pragma unroll 2
     for (int k = 0; k < dim; k += 8) {
@@ -109,27 +135,27 @@ struct Products<float, kDim, kKeys> {
       for (int i = 0; i < 2 * kScores; ++i) {
         b[i / 2][i % 2] = keys.element(i / 2 * 8 + g, k + t + i % 2 * 4);
       }
-      multiply_tf32x3(d, a, b);
+      multiply_tf32x3(d[0], a, b);
     }
   }
 
   // Keys 2t and 2t + 1 stand where mma's k has t and t + 4: any order of k will do.
-  FK_DEVICE static void output(Out<kDim>& d, const float (&p)[kScores][4],
-                               const Tile<float, kKeys, kDim>& values, int dim) {
+  FK_DEVICE static void output(Sums& d, const Scores& p, const Tile<float, kKeys, kDim>& values,
+                               int dim) {
     const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
 #pragma unroll
     for (int k = 0; k < kKeys; k += 8) {
-      const float (&four)[4] = p[k / 8];
+      const float (&four)[4] = p[0][k / 8];
       const float a[4] = {four[0], four[2], four[1], four[3]};
 #pragma unroll
-      for (int s = 0; s < kDim / 8 / kStrip; ++s) {
-        if (s * kStrip * 8 >= dim) break;
-        float b[kStrip][2];
+      for (int j = 0; j < kColumns; j += kGroup) {
+        if (8 * j >= dim) break;
+        float b[kGroup][2];
 #pragma unroll
-        for (int i = 0; i < 2 * kStrip; ++i) {
-          b[i / 2][i % 2] = values.element(k + 2 * t + i % 2, (s * kStrip + i / 2) * 8 + g);
+        for (int i = 0; i < 2 * kGroup; ++i) {
+          b[i / 2][i % 2] = values.element(k + 2 * t + i % 2, (j + i / 2) * 8 + g);
         }
-        multiply_tf32x3(d[s], a, b);
+        multiply_tf32x3(part<kGroup>(d[0], j), a, b);
       }
     }
   }

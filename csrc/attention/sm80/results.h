@@ -50,17 +50,6 @@ FK_DEVICE void for_each_pair(const float (&sums)[N][4], int r, int value_dim, St
   }
 }
 
-template <int kDim, class Store>
-FK_DEVICE void for_each_pair(const Out<kDim>& out, int r, int value_dim, Store&& store) {
-  constexpr int kStrip = strip_columns(kDim);
-#pragma unroll
-  for (int c = 0; c < kDim; c += 8) {
-    const int column = c + ptx::lane_id() % 4 * 2;
-    const float (&four)[4] = out[c / kStrip][c % kStrip / 8];
-    if (column < value_dim) store(column, four[2 * r], four[2 * r + 1]);
-  }
-}
-
 // A row's part of one split: value_dim sums, the maximum, the sum.
 FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, int batch, int kv_head,
                          int split, int row) {

@@ -2,7 +2,7 @@
 // masks, the online softmax, dropout. Logits are in units of log2, as in csrc/attention/softmax.h.
 //
 // A lane has two rows of each strip, g and g + 8 of its 16, and of each 8 keys the pair 2t, 2t + 1
-// (strips.h). Each step is a pass of its own over registers. Plain attention takes the softmax
+// (products.h). Each step is a pass of its own over registers. Plain attention takes the softmax
 // alone, which multiplies by the scale as it subtracts the maximum, and the mask where a tile is
 // cut by it.
 #pragma once

@@ -23,7 +23,7 @@ inline constexpr int64_t kSharedChosen = 1792;      // chunks that are read agai
 inline constexpr int64_t kSharedCandidates = 4096;  // elements that pass the threshold
 inline constexpr int64_t kMaxK = int64_t{1} << 30;
 
-// Workspace:  tickets, one for each batch row, zero before the first launch and after each
+// Workspace:  tickets of a captured graph, one for each batch row (tickets.h)
 //             batch times: maxima | spans | normalisers | chosen | candidates
 struct Layout {
   int64_t ticket_bytes = 0, row_bytes = 0;

@@ -32,6 +32,7 @@
 #include "beam/sm80/plan.h"
 #include "beam/sm80/scan.h"
 #include "beam/sm80/select.h"
+#include "beam/sm80/tickets.h"
 #include "ptx/global.h"
 #include "ptx/launch.h"
 
@@ -54,6 +55,7 @@ struct Arguments {
   TopkParams problem;
   Plan plan;
   unsigned char* workspace;
+  int* tickets;  // one for each batch row
 };
 
 // A batch row: its logits, its part of the workspace, and shared memory where that is enough.
@@ -109,7 +111,7 @@ FK_DEVICE bool comes_last(const Arguments& args, Storage& shared, uint32_t row) 
   __syncthreads();
   if (args.plan.splits == 1) return true;
   if (threadIdx.x == 0) {
-    int* ticket = reinterpret_cast<int*>(args.workspace) + row;
+    int* ticket = args.tickets + row;
     shared.last = ptx::add_acquire_release(ticket, 1) == args.plan.splits - 1;
     if (shared.last) *ticket = 0;  // for the next launch
   }
@@ -269,15 +271,18 @@ void launch(const Arguments& args, cudaStream_t stream) {
 
 namespace gpu {
 
-TopkWorkspace beam_topk_workspace(const beam::TopkParams& params) {
+int64_t beam_topk_workspace(const beam::TopkParams& params) {
   const beam::sm80::Plan plan = beam::sm80::plan_launch(params, 1);
-  return {plan.workspace_bytes, plan.layout.ticket_bytes};
+  return plan.workspace_bytes;
 }
 
 void beam_topk(const beam::TopkParams& params, void* workspace, GpuStream stream) {
   if (params.batch == 0) return;
-  const beam::sm80::Arguments args{params, beam::sm80::plan_here(params),
-                                   static_cast<unsigned char*>(workspace)};
+  beam::sm80::Arguments args{params, beam::sm80::plan_here(params),
+                             static_cast<unsigned char*>(workspace), nullptr};
+  if (args.plan.splits > 1) {
+    args.tickets = beam::sm80::tickets_for(stream, params.batch, static_cast<int*>(workspace));
+  }
   switch (params.dtype) {
     case DType::kBFloat16:
       return beam::sm80::launch<BFloat16>(args, stream);

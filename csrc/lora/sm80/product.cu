@@ -97,9 +97,8 @@ struct Source {
     for (int i = 0; i < 4; ++i) {
       ptx::copy_async<16>(tile + tile_offset<T, kWidth>(tile_row(i), chunk()),
                           kAlong ? at[i] : at[0] + i * (advance / 4));
+      if (kAlong || i == 3) at[kAlong ? i : 0] += advance;
     }
-#pragma unroll
-    for (int i = 0; i < (kAlong ? 4 : 1); ++i) at[i] += advance;
   }
 };
 

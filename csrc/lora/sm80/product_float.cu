@@ -131,7 +131,7 @@ FK_DEVICE void write(const ProductParams& call, int64_t row, int64_t column,
   }
 }
 
-__global__ void __launch_bounds__(kThreads) product_float_kernel(const ProductParams call) {
+__global__ void __launch_bounds__(kThreads, 1) product_float_kernel(const ProductParams call) {
   auto& shared = ptx::shared_storage<Storage>();
   const int64_t across = (call.columns + kTile - 1) / kTile;
   const int64_t first_row = blockIdx.x / across * kTile;
