@@ -17,6 +17,13 @@ LOWER = "a lower threshold: more chunks are read, the same k are best"
 # (path's end, what was done, the line that it was done in): two patterns. The reason.
 EXPLAINED = (
     ("attention/sm80/backward.h", r"without zeros", r"numbers_", "rows past the last are masked"),
+    ("attention/sm80/forward.h", r"no ptx::copy_wait_all", r"", "zeros that nobody reads"),
+    (
+        "attention/sm80/scores.h",
+        r"wrong lane",
+        r"x, 2\)",
+        "both lanes of a pair hold the same by then",
+    ),
     ("beam/sm80/load.h", r"<= is <", r"bool whole", SLOWER),
     ("beam/sm80/load.h", r"<= is <|if \(false\)", r"whole && (skew|index)", SLOWER),
     ("beam/sm80/load.h", r"> is >=", r"index > 0", "reads up to 15 bytes before the row, unused"),
