@@ -65,13 +65,19 @@ def rms(x: Tensor) -> float:
 
 
 def check(
-    tensors: list[Tensor], keep: Tensor | None = None, least: float = 1.0, **options: Any
+    tensors: list[Tensor],
+    keep: Tensor | None = None,
+    least: float = 1.0,
+    few_keys: bool = False,
+    **options: Any,
 ) -> None:
     """Every error against float64 is at most twice torch's, the greatest and the mean square.
 
     Torch's is that of the definition in the tensors' dtype, or for half precision on a CPU that
     of the definition in float32, rounded once. ``least``: the mean square of smaller results is
-    allowed no smaller a floor, as terms of that size may cancel in them.
+    allowed no smaller a floor, as terms of that size may cancel in them. ``few_keys``: some rows
+    see few; a CPU's half precision is then held to torch in that dtype, since most of the error of
+    dQ is that of delta, made of an output already rounded.
     """
     dtype, device = tensors[0].dtype, tensors[0].device
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
@@ -79,7 +85,7 @@ def check(
     fixed = {} if keep is None else {"keep": keep}
     exact = define(torch.float64, tensors, **options, **fixed)
     gpu = _ops.BACKEND == "emulated" or device.type == "cuda"
-    once = dtype in HALF and not gpu
+    once = dtype in HALF and not gpu and not few_keys
     plain = define(torch.float32 if once else dtype, tensors, **options, **fixed)
     torch.manual_seed(7)
     got = run(lambda *t, **o: fk.attention(*t, return_lse=True, **o), tensors, **options)
@@ -144,9 +150,7 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("rows", [16, 17, 33, 64, 65, 128, 129])
 def test_rows_of_a_block(backend: str, rows: int, options: dict[str, Any]) -> None:
     """16, 64 and 128 rows fill the blocks of the kernel's forms, tiles are of 64 keys."""
-    if backend not in GPU:
-        pytest.skip("the forms are the GPU kernel's")
-    check(draw((1, 2, 2, rows, 150), 64, torch.bfloat16), **options)
+    check(draw((1, 2, 2, rows, 150), 64, torch.bfloat16), few_keys=True, **options)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -157,17 +161,13 @@ def test_rows_of_a_block(backend: str, rows: int, options: dict[str, Any]) -> No
 def test_many_rows_and_head_dims(
     backend: str, dtype: torch.dtype, dim: int, value_dim: int, group: int
 ) -> None:
-    if backend not in GPU:
-        pytest.skip("the forms are the GPU kernel's")
     tensors = draw((1, 2 * group, 2, 130 // group, 200), dim, dtype, value_dim)
-    check(tensors, causal=True)
-    check(tensors, softcap=5.0, window=(70, 3))
+    check(tensors, causal=True, few_keys=True)
+    check(tensors, softcap=5.0, window=(70, 3), few_keys=True)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_many_rows_with_a_bias_and_dropout(backend: str, dtype: torch.dtype) -> None:
-    if backend not in GPU:
-        pytest.skip("the forms are the GPU kernel's")
     tensors, bias = draw((1, 2, 1, 70, 150), 64, dtype), torch.randn(1, 2, 70, 150).to(dtype)
     check(tensors, bias=bias.requires_grad_())
     check(tensors, bias=torch.rand(1, 1, 70, 150) < 0.7)
