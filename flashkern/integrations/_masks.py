@@ -53,9 +53,10 @@ class Recipe:
     q_offset and kv_offset are the positions of the first query and the first key. At most one of
     `lengths` (batch,) int32, for rows whose padding is all on the right, and `padding`
     (batch, keys) bool, True = a real key, is set. Beside `padding`, `starts` holds the first real
-    key of each row where its padding is all on the left. `sequences` (batch, keys) tells packed
-    sequences apart, without any padding: neighbours of the same number are of one sequence, and
-    the band counts within it.
+    key of each row where its padding is all on the left. `same` says that queries and keys are of
+    the same tokens: a padding token's query is then as meaningless as its key. `sequences` (batch,
+    keys) tells packed sequences apart, without any padding: neighbours of the same number are of
+    one sequence, and the band counts within it.
     """
 
     band: Band
@@ -64,6 +65,7 @@ class Recipe:
     lengths: Tensor | None = None
     padding: Tensor | None = None
     starts: Tensor | None = None
+    same: bool = False
     sequences: Tensor | None = None
 
     def real_keys(self, keys: int) -> Tensor | None:
@@ -223,6 +225,12 @@ def _without_effect(band: Band, q_offset: int, queries: int, kv_offset: int, key
     return Band(left, right)
 
 
+def _attends_to_itself(config: Any) -> bool:
+    """Whether a model has no cross-attention, whose masks look like those of an encoder."""
+    crosses = ("is_encoder_decoder", "add_cross_attention")
+    return config is not None and not any(getattr(config, name, False) for name in crosses)
+
+
 def build_mask(
     batch_size: int,
     q_length: int,
@@ -275,4 +283,9 @@ def build_mask(
     # A row of keys is all that one query's mask is: as dense as it can be, but for left padding.
     if q_length == 1 and not (effective == Band() and "starts" in padding):
         return dense()
-    return Mask(Recipe(effective, q_offset, kv_offset, **padding), *sizes)
+    same = q_length == kv_length and q_offset == kv_offset
+    if band.right != 0:
+        same = same and _attends_to_itself(kwargs.get("config"))
+    elif "lengths" in padding:  # generate reads a decoder's last output, be it of padding
+        same = same and torch.is_grad_enabled()
+    return Mask(Recipe(effective, q_offset, kv_offset, **padding, same=same), *sizes)

@@ -1,12 +1,14 @@
 """Masks that cut a batch into sequences, as `attention_varlen` on the memory as it lies.
 
-Left padding: the real keys of row b are a run of tokens in memory, and so are those of row b + 1,
-further on. Seen as one packed tensor whose tokens step over whole rows, a batch is sequences
+Padding on one side: the real keys of row b are a run of tokens in memory, and so are those of row
+b + 1, further on. Seen as one packed tensor whose tokens step over whole rows, a batch is sequences
 (real keys) with gaps (padding and what lies between rows) that no query belongs to:
 
     tokens   | gap 0 | keys of row 0 | gap 1 | keys of row 1 | ...        queries of a gap: none
 
-No key is copied, and none of a gap is read. Packed sequences are the same without gaps.
+No key is copied, and none of a gap is read. Where queries are of the same tokens as keys, those of
+padding are sequences without keys, whose output is 0, as transformers' flash attention gives it.
+Packed sequences are the same without gaps.
 """
 
 from __future__ import annotations
@@ -83,49 +85,60 @@ def plan(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_p: float
     Worked out once for all layers that share a mask.
     """
     recipe = mask.recipe
-    # Left padding is packed without a gradient only; a checkpoint's two passes, one without and
-    # one with, would count their sequences, and so draw their dropout, differently.
-    if recipe.starts is not None and dropout_p:
-        return None
-    if recipe.starts is None and recipe.sequences is None:
-        return None
     batch, _, rows, _ = query.shape
     keys = key.shape[2]
     if mask.shape != (batch, 1, rows, keys):
         return None
-    step = 0 if recipe.starts is None else _usable_step(query, key, value, mask)
+    step: int | None = None
+    if recipe.sequences is not None:
+        step = 0
+    elif recipe.starts is not None or (recipe.lengths is not None and recipe.same):
+        step = _usable_step(query, key, value, mask, dropout_p)
     if step is None:
         return None
     if step not in mask.plans:
-        mask.plans[step] = _sequences(mask) if step == 0 else _left_padded(mask, step)
+        mask.plans[step] = _sequences(mask) if step == 0 else _padded(mask, step)
     return mask.plans[step]
 
 
-def _usable_step(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> int | None:
-    """The step of left-padded keys and values; None where packing would be wrong, or a copy."""
+def _usable_step(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_p: float
+) -> int | None:
+    """The step of padded keys and values; None where packing would be wrong, or a copy."""
     recipe = mask.recipe
     batch, _, rows, keys = mask.shape
     last = recipe.q_offset - recipe.kv_offset + rows
     if recipe.band != Band() and last != keys:  # the diagonal would end elsewhere
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return None  # the views overlap: their gradient would be a scatter
     step = _step(key)
     if step == 0 or step != _step(value) or (batch - 1) * step + keys > _LARGEST:
+        return None
+    if step == keys:
+        return step
+    # Views that overlap: their gradient would be a scatter. And a checkpoint's two passes, one
+    # without a gradient and one with, must count sequences, and so draw dropout, alike.
+    if dropout_p or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
         return None
     return step
 
 
-def _left_padded(mask: Mask, step: int) -> Packed:
+def _padded(mask: Mask, step: int) -> Packed:
+    """Four sequences for each row: keys before it, its queries of padding, itself, more padding."""
+    recipe = mask.recipe
     batch, _, rows, keys = mask.shape
-    starts: Any = mask.recipe.starts
-    row = torch.arange(batch, device=starts.device)
-    ends_q = torch.stack([row * rows, (row + 1) * rows], 1)
-    ends_k = torch.stack([row * step + starts, row * step + keys], 1)
+    row = torch.arange(batch, device=mask.device)
+    none, all_keys = torch.zeros_like(row), torch.full_like(row, keys)
+    first = none if recipe.starts is None else recipe.starts
+    end = all_keys if recipe.lengths is None else recipe.lengths
+    # Without `same`, padding is on the left of the keys alone: every query is real.
+    begin_q, end_q = (first, end) if recipe.same else (none, none + rows)
+    ends_q = torch.stack([none, begin_q, end_q, none + rows], 1) + (row * rows)[:, None]
+    ends_k = torch.stack([first, first, end, end], 1) + (row * step)[:, None]
     cu_q, cu_k = (
         torch.nn.functional.pad(ends.flatten(), (1, 0)).int() for ends in (ends_q, ends_k)
     )
-    return Packed(cu_q, cu_k, rows, max(step, keys), mask.recipe.band, step)
+    longest = max(step, keys)
+    return Packed(cu_q, cu_k, rows, longest, recipe.band, None if step == keys else step)
 
 
 def _sequences(mask: Mask) -> Packed:

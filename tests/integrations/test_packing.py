@@ -1,8 +1,9 @@
-"""Left padding and packed sequences run as attention_varlen, and as transformers' sdpa does."""
+"""Padding on one side and packed sequences run as attention_varlen does, to sdpa's results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,13 +62,15 @@ def tensors(batch: int, rows: int, keys: int, layout: str) -> tuple[Tensor, Tens
     return query, pair[0][:, :, :keys], pair[1][:, :, :keys]
 
 
-def masks(function: Callable, batch: int, rows: int, keys: int, real: Tensor | None) -> Any:
+def masks(
+    function: Callable, batch: int, rows: int, keys: int, real: Tensor | None, **more: Any
+) -> Any:
     """The mask that flashkern is given, and transformers' own for sdpa."""
     packed = real is None
     sizes: dict[str, Any] = {
         "batch_size": batch, "q_length": rows, "kv_length": keys, "q_offset": keys - rows,
         "kv_offset": 0, "mask_function": function, "attention_mask": real,
-        "allow_is_causal_skip": not packed,
+        "allow_is_causal_skip": not packed, **more,
     }  # fmt: skip
     theirs = masking_utils.sdpa_mask(**{**sizes, "allow_is_causal_skip": False})
     return fkt.attention_mask(**sizes), theirs
@@ -117,13 +120,78 @@ def test_left_padding_is_skipped(
     torch.testing.assert_close(got, expected.masked_fill(~seen, 0), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["tokens", "heads", "room"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("band", ["causal", "window", "all", "both"])
+def test_queries_of_padding_are_skipped(
+    band: str, side: str, layout: str, packed_calls: list[Tensor]
+) -> None:
+    batch, keys = 4, 13
+    lengths = torch.tensor([13, 10, 4, 0])[:, None]
+    place = torch.arange(keys)
+    real = place < lengths if side == "right" else place >= keys - lengths
+    query, key, value = tensors(batch, keys, keys, layout)
+    encoder = SimpleNamespace(is_encoder_decoder=False)
+    ours, theirs = masks(FUNCTIONS[band], batch, keys, keys, real, config=encoder)
+    expected = run(sdpa_attention_forward, query, key, value, theirs)
+    for hidden in (query, key, value):  # nothing of it may be read
+        hidden.masked_fill_(~real[:, None, :, None], torch.nan)
+    got = run(fkt.attention_forward, query, key, value, ours)
+    assert len(packed_calls) == 1
+    expected = expected.masked_fill(~real[:, :, None, None], 0)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_reads_the_last_output_be_it_of_padding(packed_calls: list[Tensor]) -> None:
+    batch, keys = 2, 9
+    real = torch.arange(keys) < torch.tensor([9, 4])[:, None]
+    query, key, value = tensors(batch, keys, keys, "tokens")
+    ours, theirs = masks(FUNCTIONS["causal"], batch, keys, keys, real)
+    expected = run(sdpa_attention_forward, query, key, value, theirs)
+    got = run(fkt.attention_forward, query, key, value, ours)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    assert not packed_calls
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_a_padded_batch(side: str, packed_calls: list[Tensor]) -> None:
+    batch, keys = 3, 13
+    lengths = torch.tensor([13, 10, 4])[:, None]
+    place = torch.arange(keys)
+    real = place < lengths if side == "right" else place >= keys - lengths
+    inputs = tensors(batch, keys, keys, "tokens")
+    ours, theirs = masks(FUNCTIONS["causal"], batch, keys, keys, real)
+    weight = torch.linspace(-1, 1, DIM) * real[:, :, None, None]
+    results = []
+    for forward, mask in ((fkt.attention_forward, ours), (sdpa_attention_forward, theirs)):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        (run(forward, *leaves, mask) * weight).sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    assert len(packed_calls) == 1
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_queries_of_cross_attention_are_never_padding(packed_calls: list[Tensor]) -> None:
+    batch, keys = 2, 9
+    real = torch.arange(keys) < torch.tensor([9, 4])[:, None]
+    query, key, value = tensors(batch, keys, keys, "tokens")
+    for config in (None, SimpleNamespace(is_encoder_decoder=True)):
+        ours, theirs = masks(FUNCTIONS["all"], batch, keys, keys, real, config=config)
+        expected = run(sdpa_attention_forward, query, key, value, theirs)
+        got = run(fkt.attention_forward, query, key, value, ours)
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    assert not packed_calls
+
+
 def test_left_padding_that_cannot_be_packed_is_masked(packed_calls: list[Tensor]) -> None:
     batch, keys = 2, 9
     real = torch.arange(keys) >= torch.tensor([0, 4])[:, None]
-    query, key, value = tensors(batch, keys, keys, "tokens")
+    query, key, value = tensors(batch, keys, keys, "heads")
     ours, theirs = masks(FUNCTIONS["causal"], batch, keys, keys, real)
     shared = key[:1].expand(batch, -1, -1, -1)  # one row of memory for all
-    other = value.contiguous()  # a step of its own
+    other = torch.cat([value, value], 2)[:, :, :keys]  # a step of its own
     grown = key.clone().requires_grad_()
     for k, v in ((shared, shared), (key, other), (grown, value)):
         expected = run(sdpa_attention_forward, query, k, v, theirs)
