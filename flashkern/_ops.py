@@ -26,7 +26,8 @@ def has_kernel(name: str, device: str) -> bool:
 
 
 def cpu_isa(name: str = "") -> str:
-    """Returns the CPU instruction set in use: ``"portable"``, ``"avx2"`` or ``"avx512"``.
+    """Returns the CPU instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"`` or that
+    with products of bfloat16 pairs, ``"avx512_bf16"``.
 
     Args:
         name: an instruction set to use from now on, or ``"best"`` for the best one that this CPU
@@ -38,7 +39,7 @@ def cpu_isa(name: str = "") -> str:
 
     Example:
         >>> import flashkern
-        >>> flashkern.cpu_isa() in ("portable", "avx2", "avx512")
+        >>> flashkern.cpu_isa() in ("portable", "avx2", "avx512", "avx512_bf16")
         True
     """
     try:

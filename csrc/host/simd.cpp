@@ -55,6 +55,18 @@ Floats gemm(const std::string& isa, const Floats& a, const Floats& b, const Floa
   return c;
 }
 
+// C (+)= scale A B in pairs of bfloat16.
+Floats pairs(const std::string& isa, const Floats& a, const Floats& b, const Floats& start,
+             float scale, bool accumulate) {
+  use(isa);
+  const int64_t rows = start.shape(0), columns = start.shape(1), depth = b.shape(0);
+  Floats c({rows, columns});
+  std::copy_n(start.data(), rows * columns, c.mutable_data());
+  simd_pairs({rows, columns, depth, a.data(), b.data(), c.mutable_data(), scale, accumulate},
+             Threads{});
+  return c;
+}
+
 }  // namespace
 }  // namespace flashkern
 
@@ -62,4 +74,5 @@ FK_HOST_BINDINGS(simd)(py::module_& m) {
   m.def("simd_map", &flashkern::map, "One function of csrc/simd over an array.");
   m.def("simd_philox", &flashkern::philox, "A run of Philox words.");
   m.def("simd_gemm", &flashkern::gemm, "The micro-GEMM on whole matrices.");
+  m.def("simd_pairs", &flashkern::pairs, "The micro-GEMM on bfloat16 in pairs.");
 }

@@ -36,8 +36,18 @@ struct SimdGemmParams {
   bool accumulate;
 };
 
+// C (+)= scale A B on A and B rounded to bfloat16, multiplied in pairs. A and B are row-major.
+struct SimdPairsParams {
+  int64_t rows, columns, depth;  // depth is even
+  const float *a, *b;
+  float* c;
+  float scale;
+  bool accumulate;
+};
+
 FK_CPU_KERNEL(simd_map, SimdMapParams)
 FK_CPU_KERNEL(simd_philox, SimdPhiloxParams)
 FK_CPU_KERNEL(simd_gemm, SimdGemmParams)
+FK_CPU_KERNEL(simd_pairs, SimdPairsParams)
 
 }  // namespace flashkern

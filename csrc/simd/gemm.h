@@ -8,6 +8,10 @@
 // 16 (portable). Each step of k loads kVecs vectors of B, broadcasts kRows scalars of A, and does
 // their product. One panel of B (K x kVecs vectors) stays in L1 while every row block passes over
 // it.
+//
+// Or A and B are pairs of bfloat16 (kMultipliesPairs): each step of k then stands for two terms of
+// the sum. A is read in units of bfloat16, at any alignment; a lane of B holds B[2k][n] and
+// B[2k + 1][n].
 #pragma once
 
 #include <cstdint>
@@ -20,21 +24,36 @@ inline constexpr int kGemmVecs = 2;
 inline constexpr int kGemmCols = kGemmVecs * kLanes;
 inline constexpr int kGemmRows = kLanes == 16 ? 14 : 6;
 
+template <class A>  // float or BFloat16
 struct GemmOperands {
-  const float* a;
+  const A* a;
   int64_t a_row, a_col;
   const float* b;
   int64_t b_row;
   float* c;
   int64_t c_row;
+  float scale = 1;  // of the product of pairs
 };
 
+inline VecF gemm_load(const float* a) { return broadcast(*a); }
+inline VecF gemm_load(const BFloat16* a) {
+  BFloat16Pair pair;
+  std::memcpy(&pair, a, sizeof pair);
+  return broadcast(pair);
+}
+
+template <class A>
+inline VecF gemm_step(VecF a, VecF b, VecF c) {
+  return std::is_same_v<A, float> ? fma(a, b, c) : multiply_pairs(a, b, c);
+}
+
 // `tail` lanes of the last vector exist; whole vectors where kTail is false.
-template <int kRows, int kVecs, bool kAccumulate, bool kTail>
-void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
+template <int kRows, int kVecs, bool kAccumulate, bool kTail, class A>
+void gemm_micro(int64_t K, const GemmOperands<A>& g, int tail) {
   VecF acc[kRows][kVecs];
   const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;
-  const float *a = g.a, *b = g.b;
+  const A* a = g.a;
+  const float* b = g.b;
   float* c = g.c;
   unrolled<kRows * kVecs>(
       [&](auto t) __attribute__((always_inline)) { acc[t / kVecs][t % kVecs] = VecF{}; });
@@ -48,9 +67,10 @@ void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
       }
     });
     unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
-      const VecF x = broadcast(a[i * a_row]);
-      unrolled<kVecs>(
-          [&](auto v) __attribute__((always_inline)) { acc[i][v] = fma(x, row[v], acc[i][v]); });
+      const VecF x = gemm_load(a + i * a_row);
+      unrolled<kVecs>([&](auto v) __attribute__((always_inline)) {
+        acc[i][v] = gemm_step<A>(x, row[v], acc[i][v]);
+      });
     });
     a += a_col;
     b += b_row;
@@ -59,6 +79,7 @@ void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
   unrolled<kRows * kVecs>([&](auto t) __attribute__((always_inline)) {
     constexpr int i = t / kVecs, v = t % kVecs;
     float* to = c + i * c_row + v * kLanes;
+    if constexpr (!std::is_same_v<A, float>) acc[i][v] *= g.scale;
     if constexpr (kTail && v == kVecs - 1) {
       if constexpr (kAccumulate) acc[i][v] += load_partial(to, tail);
       store_partial(to, acc[i][v], tail);
@@ -70,8 +91,8 @@ void gemm_micro(int64_t K, const GemmOperands& g, int tail) {
 }
 
 // The micro-kernel for `rows` rows, 1 to kRows.
-template <int kRows, int kVecs, bool kAccumulate, bool kTail>
-inline void gemm_block(int64_t rows, int64_t K, const GemmOperands& g, int tail) {
+template <int kRows, int kVecs, bool kAccumulate, bool kTail, class A>
+inline void gemm_block(int64_t rows, int64_t K, const GemmOperands<A>& g, int tail) {
   if (rows == kRows) {
     gemm_micro<kRows, kVecs, kAccumulate, kTail>(K, g, tail);
   } else if constexpr (kRows > 1) {
@@ -81,8 +102,8 @@ inline void gemm_block(int64_t rows, int64_t K, const GemmOperands& g, int tail)
 
 // Blocks of equal height, give or take a row: 16 rows are 6 + 5 + 5, since a last block of 4, and a
 // 2 more so, would wait for its multiply-adds to finish.
-template <int kVecs, bool kAccumulate, bool kTail>
-inline void gemm_rows(int64_t M, int64_t K, GemmOperands g, int tail) {
+template <int kVecs, bool kAccumulate, bool kTail, class A>
+inline void gemm_rows(int64_t M, int64_t K, GemmOperands<A> g, int tail) {
   for (int64_t blocks = (M + kGemmRows - 1) / kGemmRows; blocks > 0; --blocks) {
     const int64_t rows = (M + blocks - 1) / blocks;
     gemm_block<kGemmRows, kVecs, kAccumulate, kTail>(rows, K, g, tail);
@@ -92,8 +113,8 @@ inline void gemm_rows(int64_t M, int64_t K, GemmOperands g, int tail) {
   }
 }
 
-template <bool kAccumulate>
-inline void gemm(int64_t M, int64_t N, int64_t K, GemmOperands g) {
+template <bool kAccumulate, class A = float>
+inline void gemm(int64_t M, int64_t N, int64_t K, GemmOperands<A> g) {
   if (K == 0) {  // no first step to fill the registers: an empty sum is zero
     for (int64_t m = 0; !kAccumulate && m < M; ++m) {
       std::memset(g.c + m * g.c_row, 0, N * sizeof(float));

@@ -26,20 +26,25 @@ bool runs_here(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
+#ifdef FK_BUILD_AVX512_BF16
+    case Isa::kAvx512Bf16:
+      return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+#endif
     default:
       return false;
   }
 }
 
 Isa best_isa() {
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2}) {
+  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
     if (runs_here(isa)) return isa;
   }
   return Isa::kPortable;
 }
 
 bool find_isa(const char* name, Isa* found) {
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (std::strcmp(name, isa_name(isa)) == 0 && runs_here(isa)) {
       *found = isa;
       return true;
@@ -78,10 +83,14 @@ bool set_isa(const char* name) {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable";
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  return kNames[static_cast<int>(isa)];
 }
 
-int isa_lanes(Isa isa) { return isa == Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4; }
+int isa_lanes(Isa isa) {
+  constexpr int kLanes[] = {4, 8, 16, 16};
+  return kLanes[static_cast<int>(isa)];
+}
 
 CpuFacts cpu_facts() {
   CpuFacts facts;

@@ -8,13 +8,14 @@
 
 namespace flashkern {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+// kAvx512Bf16 is kAvx512 with its products of bfloat16 pairs (Zen 4, Cooper Lake and later).
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best ISA that this library holds and this CPU runs, or the one that FLASHKERN_CPU_ISA names.
 Isa active_isa();
 
-// Forces an ISA by name ("portable", "avx2", "avx512"; "" goes back to the best one). Returns false
-// where this build or this CPU lacks it.
+// Forces an ISA by name ("portable", "avx2", "avx512", "avx512_bf16"; "" goes back to the best
+// one). Returns false where this build or this CPU lacks it.
 bool set_isa(const char* name);
 
 const char* isa_name(Isa isa);
@@ -41,17 +42,25 @@ CpuFacts cpu_facts();
 #define FK_IF_AVX512(...)
 #endif
 
-#define FK_CPU_KERNEL(name, Params)                                            \
-  namespace portable {                                                         \
-  void name(const Params&, const Threads&);                                    \
-  }                                                                            \
-  FK_IF_AVX2(namespace avx2 { void name(const Params&, const Threads&); })     \
-  FK_IF_AVX512(namespace avx512 { void name(const Params&, const Threads&); }) \
-  inline void name(const Params& params, const Threads& threads) {             \
-    switch (active_isa()) {                                                    \
-      FK_IF_AVX512(case Isa::kAvx512 : return avx512::name(params, threads);)  \
-      FK_IF_AVX2(case Isa::kAvx2 : return avx2::name(params, threads);)        \
-      default:                                                                 \
-        return portable::name(params, threads);                                \
-    }                                                                          \
+#ifdef FK_BUILD_AVX512_BF16
+#define FK_IF_AVX512_BF16(...) __VA_ARGS__
+#else
+#define FK_IF_AVX512_BF16(...)
+#endif
+
+#define FK_CPU_KERNEL(name, Params)                                                         \
+  namespace portable {                                                                      \
+  void name(const Params&, const Threads&);                                                 \
+  }                                                                                         \
+  FK_IF_AVX2(namespace avx2 { void name(const Params&, const Threads&); })                  \
+  FK_IF_AVX512(namespace avx512 { void name(const Params&, const Threads&); })              \
+  FK_IF_AVX512_BF16(namespace avx512_bf16 { void name(const Params&, const Threads&); })    \
+  inline void name(const Params& params, const Threads& threads) {                          \
+    switch (active_isa()) {                                                                 \
+      FK_IF_AVX512_BF16(case Isa::kAvx512Bf16 : return avx512_bf16::name(params, threads);) \
+      FK_IF_AVX512(case Isa::kAvx512 : return avx512::name(params, threads);)               \
+      FK_IF_AVX2(case Isa::kAvx2 : return avx2::name(params, threads);)                     \
+      default:                                                                              \
+        return portable::name(params, threads);                                             \
+    }                                                                                       \
   }

@@ -24,10 +24,12 @@ __attribute__((always_inline)) inline void transpose(VecF* x) {
   if constexpr (kStep > 1) transpose<kStep / 2>(x);
 }
 
-// to[d * to_row + lane] = factor * row(lane)[d] for d < n; lanes from `live` on are zeros.
+// to[d * to_row + lane] = factor * row(lane)[d] for d < n; lanes from `live` on are zeros. Pairs
+// are moved as they are.
 template <class Row>
 inline void transpose_rows(Row&& row, int64_t live, int64_t n, float factor, float* to,
                            int64_t to_row) {
+  constexpr bool kPairs = std::is_same_v<decltype(row(0)), const BFloat16Pair*>;
   for (int64_t d = 0; d < n; d += kLanes) {
     const int width = static_cast<int>(n - d < kLanes ? n - d : kLanes);
     VecF x[kLanes] = {};
@@ -36,7 +38,7 @@ inline void transpose_rows(Row&& row, int64_t live, int64_t n, float factor, flo
     });
     transpose(x);
     unrolled<kLanes>([&](auto i) __attribute__((always_inline)) {
-      if (i < width) store(to + (d + i) * to_row, x[i] * factor);
+      if (i < width) store(to + (d + i) * to_row, kPairs ? x[i] : x[i] * factor);
     });
   }
 }

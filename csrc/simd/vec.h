@@ -228,6 +228,74 @@ inline void store_partial(float* p, VecF x, int n) {
 }
 #endif
 
+// ---- pairs of bfloat16: a lane holds two neighbours of a sum, the first in its low half ----
+
+// Whether the ISA multiplies them, twice as many in an instruction as floats.
+#if defined(__AVX512BF16__)
+inline constexpr bool kMultipliesPairs = true;
+#else
+inline constexpr bool kMultipliesPairs = false;
+#endif
+
+// Lanes of pairs travel as VecF and float*, and are never taken for floats.
+struct BFloat16Pair {
+  BFloat16 first, second;
+};
+inline VecF load(const BFloat16Pair* p) {
+  VecF x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline VecF broadcast(BFloat16Pair x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits_to_float(VecU{} + bits);
+}
+inline VecF first_of(VecF pairs) { return bits_to_float(float_to_bits(pairs) << 16); }
+inline VecF second_of(VecF pairs) { return bits_to_float(float_to_bits(pairs) & 0xffff0000u); }
+
+// The bits of bfloat16 numbers, which floats hold exactly, side by side.
+inline VecF join(VecF first, VecF second) {
+  return bits_to_float(float_to_bits(first) >> 16 | float_to_bits(second));
+}
+
+// Rounded to nearest even; what is below 2^-126 may become 0.
+inline VecF round_to_pairs(VecF first, VecF second) {
+#if defined(__AVX512BF16__)
+  const __m512i turn = _mm512_add_epi32(
+      _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                         _mm512_set1_epi32(0x00010001)),
+      _mm512_set1_epi32(0x00100000));
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  return reinterpret_cast<VecF>(_mm512_permutexvar_epi16(turn, both));
+#else
+  BFloat16 half[2][kLanes];
+  store(half[0], first);
+  store(half[1], second);
+  return join(load(half[0]), load(half[1]));
+#endif
+}
+
+// Two vectors, one behind the other, rounded alike.
+inline void store_rounded(BFloat16* p, VecF low, VecF high) {
+#if defined(__AVX512BF16__)
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  std::memcpy(p, &both, sizeof both);
+#else
+  store(p, low);
+  store(p + kLanes, high);
+#endif
+}
+
+// c + a.first * b.first + a.second * b.second
+inline VecF multiply_pairs(VecF a, VecF b, VecF c) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else
+  return fma(second_of(a), second_of(b), fma(first_of(a), first_of(b), c));
+#endif
+}
+
 // One element, through the same conversions.
 template <class T>
 inline float to_float(T x) {

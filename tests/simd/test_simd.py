@@ -66,6 +66,22 @@ def test_philox_is_the_definition(isa: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
+def test_gemm_of_bfloat16_pairs(isa: str, accumulate: bool) -> None:
+    draw = np.random.default_rng(0)
+    sizes = [1, 2, 5, 6, 7, 13, 14, 15, 33, 64, 71]
+    for rows, columns, half in draw.choice(sizes, (40, 3)).tolist() + [[3, 5, 0]]:
+        depth = 2 * half
+        a = draw.standard_normal((rows, depth)).astype(np.float32)
+        b = draw.standard_normal((depth, columns)).astype(np.float32)
+        start = draw.standard_normal((rows, columns)).astype(np.float32)
+        got = _host.simd_pairs(isa, a, b, start, 0.75, accumulate)
+        a, b = (torch.from_numpy(x).bfloat16().double().numpy() for x in (a, b))
+        exact = 0.75 * (a @ b) + (start if accumulate else 0)
+        bound = np.abs(a) @ np.abs(b) + np.abs(start)
+        assert np.all(np.abs(got - exact) <= (depth + 3) * 2.0**-24 * bound + 1e-30)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gemm(isa: str, accumulate: bool, transposed: bool) -> None:
     draw = np.random.default_rng(0)

@@ -51,6 +51,8 @@ class Tickets {
 
 template <class T>
 class KeyBlock {
+  using A = Factor<T>;
+
  public:
   KeyBlock(const BackwardParams& p, Tickets& tickets, const Tiles& tiles, const Sequence& s,
            int64_t kv_head, int64_t block)
@@ -101,8 +103,8 @@ class KeyBlock {
     const T* values = row_of<T>(p_.value, s_, s_.k_start, kv_head_, begin_);
     transpose_tile(keys, p_.key.row, live_, p_.head_dim, t_.keys_t, t_.score_row, query_factor(p_));
     transpose_tile(values, p_.value.row, live_, p_.value_dim, t_.values_t, t_.score_row, 1.f);
-    widen_rows(keys, p_.key.row, live_, p_.head_dim, t_.keys_scaled, t_.head_row,
-               static_cast<float>(p_.scale));
+    lay_rows(keys, p_.key.row, live_, p_.head_dim, t_.keys_scaled, t_.head_row,
+             static_cast<float>(p_.scale));
   }
 
   // Rows [begin, end) of a tile, counted from its first, and the columns [left, right) that they
@@ -123,6 +125,7 @@ class KeyBlock {
       score(step);
       softmax_gradient(head, step);
     }
+    if constexpr (kInPairs<T>) round_tiles();
     key_products();
     if (block_ > 0 && meets(q, block_ - 1)) tickets_.wait(s_.batch, head, q, block_);
     for (int64_t i = 0; i < rows_; i += grain) {
@@ -139,11 +142,29 @@ class KeyBlock {
     return {begin, end, left / kGemmCols * kGemmCols, right};
   }
 
+  // As the second operand of a product over rows.
+  static void lay_rows(const T* from, int64_t from_row, int64_t rows, int64_t n, float* to,
+                       int64_t to_row, float factor = 1.f) {
+    if constexpr (kInPairs<T>) {
+      pair_up(from, from_row, rows, n, to, to_row);
+    } else {
+      widen_rows(from, from_row, rows, n, to, to_row, factor);
+    }
+  }
+
+  // Q and dO, as both operands: rows in pairs, or once for both.
   void load_rows(int64_t head) {
-    widen_rows(row_of<T>(p_.query, s_, s_.q_start, head, first_), p_.query.row, rows_, p_.head_dim,
-               t_.query, t_.head_row);
-    widen_rows(row_of<T>(p_.grad_output, s_, s_.q_start, head, first_), p_.grad_output.row, rows_,
-               p_.value_dim, t_.grad, t_.value_row);
+    const T* query = row_of<T>(p_.query, s_, s_.q_start, head, first_);
+    const T* grad = row_of<T>(p_.grad_output, s_, s_.q_start, head, first_);
+    lay_rows(query, p_.query.row, rows_, p_.head_dim, t_.query, t_.head_row);
+    lay_rows(grad, p_.grad_output.row, rows_, p_.value_dim, t_.grad, t_.value_row);
+    if constexpr (kInPairs<T>) {
+      query_ = {query, p_.query.row};
+      grad_ = {grad, p_.grad_output.row};
+    } else {
+      query_ = {t_.query, t_.head_row};
+      grad_ = {t_.grad, t_.value_row};
+    }
     const float* lse = row_values(p_.lse, s_, head) + first_;
     for (int64_t i = 0; i < rows_; ++i) {  // a row that attends to nothing gets P = 2^-inf
       t_.lse[i] = lse[i] == -kInf ? kInf : static_cast<float>(lse[i] * kLog2e);
@@ -155,12 +176,12 @@ class KeyBlock {
   void score(const Step& c) {
     const int64_t columns = pad_lanes(c.right) - c.left, at = c.begin * t_.score_row + c.left;
     if (columns <= 0) return;
-    gemm<false>(c.end - c.begin, columns, p_.head_dim,
-                {t_.query + c.begin * t_.head_row, t_.head_row, 1, t_.keys_t + c.left, t_.score_row,
-                 t_.scores + at, t_.score_row});
-    gemm<false>(c.end - c.begin, columns, p_.value_dim,
-                {t_.grad + c.begin * t_.value_row, t_.value_row, 1, t_.values_t + c.left,
-                 t_.score_row, t_.grad_scores + at, t_.score_row});
+    gemm<false, A>(c.end - c.begin, columns, p_.head_dim / kStep<T>,
+                   {query_.data + c.begin * query_.row, query_.row, kStep<T>, t_.keys_t + c.left,
+                    t_.score_row, t_.scores + at, t_.score_row, query_factor(p_)});
+    gemm<false, A>(c.end - c.begin, columns, p_.value_dim / kStep<T>,
+                   {grad_.data + c.begin * grad_.row, grad_.row, kStep<T>, t_.values_t + c.left,
+                    t_.score_row, t_.grad_scores + at, t_.score_row});
   }
 
   // S becomes P (as dropout leaves it), dP becomes dS.
@@ -182,6 +203,14 @@ class KeyBlock {
         plain_row<false>(s, g, t_.lse[i], delta_[i], span);
       }
     }
+  }
+
+  // P and dS as operands in bfloat16.
+  void round_tiles() {
+    const int64_t columns = pad_lanes(live_);
+    round_tile(t_.grad_scores, t_.score_row, rows_, columns, t_.grad_rows);
+    round_up_pairs(t_.scores, t_.score_row, rows_, columns);
+    round_up_pairs(t_.grad_scores, t_.score_row, rows_, columns);
   }
 
   RowExtras extras_of(int64_t head, int64_t row) {
@@ -232,23 +261,37 @@ class KeyBlock {
         rows = {std::max<int64_t>(rows.begin - first_, 0), std::min(rows.end - first_, rows_)};
       }
       if (rows.empty()) continue;
-      const int64_t at = rows.begin * t_.score_row + j;
-      gemm<true>(end - j, p_.value_dim, rows.size(),
-                 {t_.scores + at, 1, t_.score_row, t_.grad + rows.begin * t_.value_row,
-                  t_.value_row, t_.grad_values + j * t_.value_row, t_.value_row});
-      gemm<true>(end - j, p_.head_dim, rows.size(),
-                 {t_.grad_scores + at, 1, t_.score_row, t_.query + rows.begin * t_.head_row,
-                  t_.head_row, t_.grad_keys + j * t_.head_row, t_.head_row});
+      const int64_t first = rows.begin / kStep<T>, steps = blocks_of(rows.end, kStep<T>) - first;
+      const int64_t at = first * t_.score_row + j;
+      gemm<true, A>(end - j, p_.value_dim, steps,
+                    {operand(t_.scores + at), kStep<T>, kStep<T> * t_.score_row,
+                     t_.grad + first * t_.value_row, t_.value_row,
+                     t_.grad_values + j * t_.value_row, t_.value_row});
+      gemm<true, A>(end - j, p_.head_dim, steps,
+                    {operand(t_.grad_scores + at), kStep<T>, kStep<T> * t_.score_row,
+                     t_.query + first * t_.head_row, t_.head_row, t_.grad_keys + j * t_.head_row,
+                     t_.head_row});
     }
+  }
+
+  static const Factor<T>* operand(const float* tile) {
+    return reinterpret_cast<const Factor<T>*>(tile);
   }
 
   // dQ += dS (scale K), in place.
   void query_product(int64_t head, const Step& c) {
     if (c.right <= c.left) return;
     float* sums = row_of<float>(p_.query_sums, s_, head, first_ + c.begin);
-    gemm<true>(c.end - c.begin, p_.head_dim, c.right - c.left,
-               {t_.grad_scores + c.begin * t_.score_row + c.left, t_.score_row, 1,
-                t_.keys_scaled + c.left * t_.head_row, t_.head_row, sums, p_.query_sums.row});
+    const int64_t at = c.begin * t_.score_row + c.left;
+    const A* from = nullptr;
+    if constexpr (kInPairs<T>) {
+      from = t_.grad_rows + at;
+    } else {
+      from = t_.grad_scores + at;
+    }
+    gemm<true, A>(c.end - c.begin, p_.head_dim, blocks_of(c.right - c.left, kStep<T>),
+                  {from, t_.score_row, kStep<T>, t_.keys_scaled + c.left / kStep<T> * t_.head_row,
+                   t_.head_row, sums, p_.query_sums.row, static_cast<float>(p_.scale)});
   }
 
   const BackwardParams& p_;
@@ -262,6 +305,10 @@ class KeyBlock {
   int64_t first_ = 0, rows_ = 0;
   bool whole_ = false;
   const float* delta_ = nullptr;
+  struct Operand {
+    const A* data;
+    int64_t row;
+  } query_{}, grad_{};
 };
 
 }  // namespace flashkern::FK_ISA::attention

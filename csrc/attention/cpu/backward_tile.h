@@ -37,17 +37,20 @@ struct TileShape {
 
   int64_t floats(const Problem& p) const {
     return score_row * (p.head_dim + p.value_dim) + keys * (2 * head_row + value_row) +
-           kTileRows * (head_row + value_row + 2 * score_row) + 6 * score_row + 2 * kTileRows;
+           kTileRows * (head_row + value_row + 2 * score_row) + kTileRows * score_row / 2 +
+           6 * score_row + 2 * kTileRows;
   }
 };
 
-// Everything in float32, whatever the tensors hold.
+// Everything in float32, whatever the tensors hold. With kInPairs what is multiplied is bfloat16:
+// the operands marked * are lanes of pairs in half as many rows, of K and Q without a factor.
 struct Tiles : TileShape {
-  float *keys_t, *values_t;        // [head_dim][keys], [value_dim][keys]: factor * K^T, V^T
-  float* keys_scaled;              // [keys][head_dim]: scale * K
+  float *keys_t, *values_t;        // * [head_dim][keys], [value_dim][keys]: factor * K^T, V^T
+  float* keys_scaled;              // * [keys][head_dim]: scale * K
   float *grad_keys, *grad_values;  // [keys][...]: the accumulators
-  float *query, *grad;             // [rows][...]: Q and dO
-  float *scores, *grad_scores;     // [rows][keys]: S, then dropped P; dP, then dS
+  float *query, *grad;             // * [rows][...]: Q and dO
+  float *scores, *grad_scores;     // [rows][keys]: S, then dropped P *; dP, then dS *
+  BFloat16* grad_rows;             // [rows][keys]: dS in bfloat16, for kInPairs alone
   float* addend;                   // [keys]: one row of bias and ALiBi
   uint32_t* words;                 // [keys]: one row of random words
   float *lse, *delta;              // [rows]
@@ -63,6 +66,7 @@ struct Tiles : TileShape {
     grad = scratch.take(kTileRows * value_row);
     scores = scratch.take(kTileRows * score_row);
     grad_scores = scratch.take(kTileRows * score_row);
+    grad_rows = reinterpret_cast<BFloat16*>(scratch.take(kTileRows * score_row / 2));
     addend = scratch.take(score_row);
     words = reinterpret_cast<uint32_t*>(scratch.take(4 * score_row));
     lse = scratch.take(kTileRows);
@@ -77,6 +81,34 @@ inline void widen_rows(const T* from, int64_t from_row, int64_t rows, int64_t n,
     int64_t d = 0;
     for (; d + kLanes <= n; d += kLanes) store(to + d, load(from + d) * factor);
     if (d < n) store(to + d, load_partial(from + d, n - d) * factor);  // rows are padded to 16
+  }
+}
+
+// Rows two by two: to[i][d] = the pair (from[2i][d], from[2i + 1][d]), zeros for a missing row.
+inline void pair_up(const BFloat16* from, int64_t from_row, int64_t rows, int64_t n, float* to,
+                    int64_t to_row) {
+  for (int64_t i = 0; i < rows; i += 2, from += 2 * from_row, to += to_row) {
+    join_rows(from, i + 1 < rows ? from + from_row : nullptr, n, to);
+  }
+}
+
+// The same of a tile of floats, in place.
+inline void round_up_pairs(float* s, int64_t row, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    const float* from = s + i * row;
+    float* to = s + i / 2 * row;
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const VecF second = i + 1 < rows ? load(from + row + v) : VecF{};
+      store(to + v, round_to_pairs(load(from + v), second));
+    }
+  }
+}
+
+inline void round_tile(const float* from, int64_t row, int64_t rows, int64_t n, BFloat16* to) {
+  for (int64_t i = 0; i < rows; ++i, from += row, to += row) {
+    for (int64_t v = 0; v < n; v += 2 * kLanes) {
+      store_rounded(to + v, load(from + v), load(from + v + kLanes));
+    }
   }
 }
 
@@ -95,9 +127,12 @@ inline void round_rows(const float* from, int64_t from_row, int64_t rows, int64_
 template <class T>
 inline void transpose_tile(const T* from, int64_t from_row, int64_t rows, int64_t n, float* to,
                            int64_t to_row, float factor) {
+  using Element = std::conditional_t<kInPairs<T>, BFloat16Pair, T>;
   for (int64_t j = 0; j < rows; j += kLanes) {
-    const auto row = [&](int64_t lane) { return from + (j + lane) * from_row; };
-    transpose_rows(row, rows - j, n, factor, to + j, to_row);
+    const auto row = [&](int64_t lane) {
+      return reinterpret_cast<const Element*>(from + (j + lane) * from_row);
+    };
+    transpose_rows(row, rows - j, n / kStep<T>, factor, to + j, to_row);
   }
 }
 

@@ -4,7 +4,8 @@
 //   queries   D x M     packed once, transposed, times scale * log2(e)
 //   out       E x M     accumulators, transposed too
 //   scores    128 x kPanel, twice where there is a bias
-//   staged    128 x D keys and 128 x E values that are not float32 rows (bfloat16, pages)
+//   staged    128 x D keys and 128 x E values that cannot be multiplied where they lie: those of
+//             16 bits, in pages, and values in pairs
 // With D = E = 64 and M = 128 that is 80 KiB beside 64 KiB of keys and values, and twice as much
 // with D = E = 128: half of an L2 of 512 KiB. Scores never leave L1.
 #pragma once
@@ -16,15 +17,16 @@
 
 namespace flashkern::FK_ISA::attention {
 
-// Keys or values [begin, end) as rows of floats: in place, or widened and gathered into `staged`.
+// Rows [begin, end) of keys or values, to be multiplied: in place, or widened and gathered into
+// `staged`.
 template <class T>
-inline FloatRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
-                            float* staged) {
-  if constexpr (std::is_same_v<T, float>) {
+inline Rows<T> stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
+                          float* staged) {
+  if constexpr (std::is_same_v<T, Factor<T>>) {
     const auto run = from.run(begin, end);
     if (run.end == end) return {run.rows, from.row};
   }
-  float* out = staged;
+  auto* out = reinterpret_cast<Factor<T>*>(staged);
   for (int64_t j = begin; j < end;) {
     const auto run = from.run(j, end);
     const T* row = run.rows;
@@ -37,19 +39,34 @@ inline FloatRows stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, 
       }
     }
   }
-  return {staged, dim};
+  return {reinterpret_cast<Factor<T>*>(staged), dim};
 }
 
-// Queries of one panel, transposed to [head_dim][kPanel].
+// Rows [begin, end) two by two: pair (2j, 2j + 1) of element d is staged[j * dim + d].
+template <class T>
+inline Rows<T> stage_pairs(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
+                           float* staged) {
+  const auto row = [&](int64_t j) { return j < end ? from.run(j, j + 1).rows : nullptr; };
+  float* out = staged;
+  for (int64_t j = begin; j < end; j += 2, out += dim) join_rows(row(j), row(j + 1), dim, out);
+  return {reinterpret_cast<const Factor<T>*>(staged), dim};
+}
+
+// Queries of one panel, transposed to [head_dim / kStep][kPanel].
 template <class T>
 inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
   const Problem& p = *view.problem;
   for (int v = 0; v < kPanel; v += kLanes) {
     const auto row = [&](int lane) {
-      return row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[v + lane],
-                       rows.query[v + lane]);
+      const T* at = row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[v + lane],
+                              rows.query[v + lane]);
+      if constexpr (kInPairs<T>) {
+        return reinterpret_cast<const BFloat16Pair*>(at);
+      } else {
+        return at;
+      }
     };
-    transpose_rows(row, kLanes, p.head_dim, factor, out + v, kPanel);
+    transpose_rows(row, kLanes, p.head_dim / kStep<T>, factor, out + v, kPanel);
   }
 }
 
@@ -59,7 +76,8 @@ class MatrixTask {
   MatrixTask(const ForwardParams& p, const HeadView& view, const TaskRange& range, Scratch& scratch)
       : p_(p), view_(view), range_(range) {
     panels_ = static_cast<int>(ceil_div(range.row_end - range.row_begin, kPanel));
-    const int64_t query_size = p.head_dim * kPanel, out_size = p.value_dim * kPanel;
+    const int64_t query_size = p.head_dim / kStep<T> * kPanel, out_size = p.value_dim * kPanel;
+    query_size_ = query_size;
     const bool bias = p.bias.kind != BiasKind::kNone;
     const int64_t tile = kKeyBlock * kPanel;
     row_size_ = round_up(p.value_dim, kLanes);
@@ -105,10 +123,13 @@ class MatrixTask {
   void attend_block(int64_t begin, int64_t end) {
     // Starts at a multiple of 4 keys, for the dropout's counters.
     const int64_t first = std::max(view_.band.first_key(rows_[0].first_query), begin) / 4 * 4;
-    const KeyTile tile{
-        stage_rows(KeyRows<T>(p_, p_.key, view_), first, end, p_.head_dim, staged_keys_),
-        stage_rows(KeyRows<T>(p_, p_.value, view_), first, end, p_.value_dim, staged_values_),
-        first};
+    const KeyRows<T> keys(p_, p_.key, view_), values(p_, p_.value, view_);
+    KeyTile<T> tile{stage_rows(keys, first, end, p_.head_dim, staged_keys_), {}, first};
+    if constexpr (kInPairs<T>) {
+      tile.values = stage_pairs(values, first, end, p_.value_dim, staged_values_);
+    } else {
+      tile.values = stage_rows(values, first, end, p_.value_dim, staged_values_);
+    }
     for (int i = 0; i < panels_; ++i) {
       const Interval seen = view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
       const int64_t from = std::max(seen.begin / 4 * 4, first), to = std::min(seen.end, end);
@@ -128,14 +149,14 @@ class MatrixTask {
     }
   }
 
-  float* queries(int i) { return queries_ + i * p_.head_dim * kPanel; }
+  float* queries(int i) { return queries_ + i * query_size_; }
   float* out(int i) { return out_ + i * p_.value_dim * kPanel; }
 
   const ForwardParams& p_;
   const HeadView& view_;
   const TaskRange& range_;
   int panels_;
-  int64_t row_size_;
+  int64_t query_size_, row_size_;
   PanelRows rows_[kMaxTaskRows / kPanel];
   PanelState states_[kMaxTaskRows / kPanel];
   float *queries_, *out_, *out_rows_, *staged_keys_, *staged_values_;

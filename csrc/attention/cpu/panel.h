@@ -11,9 +11,12 @@
 //   E x n                |       | | E x P  |  accumulators
 //                        +-------+ +--------+
 //
+// With bfloat16 in pairs (kInPairs) a lane of queries^T and of the probabilities holds two
+// neighbours of a sum, and probabilities are rounded to bfloat16 for the second product.
+//
 // P = kPanel: 8, 16 or 32. Everything that belongs to a query lies in its lane: keys and values are
-// the broadcast operand of both products, read where they lie if they are float32. The softmax runs
-// down the lanes without a horizontal step, and the running maximum and sum of P rows are two
+// the broadcast operand of both products, read where they lie if their type allows. The softmax
+// runs down the lanes without a horizontal step, and the running maximum and sum of P rows are two
 // vectors each.
 #pragma once
 
@@ -37,8 +40,10 @@ struct PanelState {
   }
 };
 
-// Scores of one vector of rows become probabilities relative to the new maximum. Returns the factor
-// that brings what the rows had accumulated to that maximum.
+// Scores of one vector of rows become probabilities relative to the new maximum, or pairs of them
+// in half as many rows. Returns the factor that brings what the rows had accumulated to that
+// maximum.
+template <bool kToPairs>
 inline VecF softmax_lanes(float* s, int64_t n, float* maximum, float* sum) {
   VecF top[4];
   for (VecF& t : top) t = load(maximum);
@@ -52,17 +57,18 @@ inline VecF softmax_lanes(float* s, int64_t n, float* maximum, float* sum) {
 
   VecF total[2] = {VecF{}, VecF{}};
   for (j = 0; j + 2 <= n; j += 2) {
+    VecF p[2];
     for (int k = 0; k < 2; ++k) {
-      float* at = s + (j + k) * kPanel;
-      const VecF p = exp2_below_zero(load(at) - base);
-      total[k] += p;
-      store(at, p);
+      p[k] = exp2_below_zero(load(s + (j + k) * kPanel) - base);
+      total[k] += p[k];
+      if (!kToPairs) store(s + (j + k) * kPanel, p[k]);
     }
+    if (kToPairs) store(s + j / 2 * kPanel, round_to_pairs(p[0], p[1]));
   }
   if (j < n) {
     const VecF p = exp2_below_zero(load(s + j * kPanel) - base);
     total[0] += p;
-    store(s + j * kPanel, p);
+    store(s + j / (kToPairs ? 2 : 1) * kPanel, kToPairs ? round_to_pairs(p, VecF{}) : p);
   }
   const VecF factor = exp2_below_zero(load(maximum) - base);
   store(sum, fma(load(sum), factor, total[0] + total[1]));
@@ -76,13 +82,27 @@ struct PanelScratch {
   float* bias;
 };
 
-struct FloatRows {
-  const float* data;
+// Probabilities that dropout has been through, as pairs in half as many rows.
+inline void pair_rows(float* s, int64_t n) {
+  for (int64_t j = 0; j < n; j += 2) {
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const float* at = s + j * kPanel + v;
+      const VecF second = j + 1 < n ? load(at + kPanel) : VecF{};
+      store(s + j / 2 * kPanel + v, round_to_pairs(load(at), second));
+    }
+  }
+}
+
+template <class T>
+struct Rows {
+  const Factor<T>* data;
   int64_t row;
 };
 
+// Values in pairs lie two keys to a row: [keys / 2][value_dim] of them.
+template <class T>
 struct KeyTile {
-  FloatRows keys, values;
+  Rows<T> keys, values;
   int64_t begin;  // the first one's number
 };
 
@@ -95,17 +115,20 @@ inline void rescale(float* out, int64_t value_dim, const VecF (&factor)[2]) {
   }
 }
 
-// Adds keys [begin, end) of `tile` to the panel. `queries` is [head_dim][kPanel], `out` is
+// Adds keys [begin, end) of `tile` to the panel. `queries` is [head_dim / kStep][kPanel], `out` is
 // [value_dim][kPanel].
-inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyTile& tile,
+template <class T>
+inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyTile<T>& tile,
                          int64_t begin, int64_t end, const float* queries, PanelState& state,
                          float* out, const PanelScratch& scratch) {
+  using A = Factor<T>;
   const Problem& p = *view.problem;
   const int64_t n = end - begin, skip = begin - tile.begin;
   float* s = scratch.scores;
-  const FloatRows &keys = tile.keys, &values = tile.values;
-  gemm<false>(n, kPanel, p.head_dim,
-              {keys.data + skip * keys.row, keys.row, 1, queries, kPanel, s, kPanel});
+  const Rows<T>&keys = tile.keys, &values = tile.values;
+  gemm<false, A>(n, kPanel, p.head_dim / kStep<T>,
+                 {keys.data + skip * keys.row, keys.row, kStep<T>, queries, kPanel, s, kPanel,
+                  query_factor(p)});
 
   if (p.softcap > 0) apply_softcap(s, n * kPanel, p.softcap);
   if (p.alibi_slopes != nullptr) apply_alibi(s, begin, n, view, rows);
@@ -114,19 +137,23 @@ inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyT
   if (begin < all.begin || end > all.end) apply_band(s, begin, n, rows);
 
   VecF factor[2];
+  const bool drops = p.dropout_p > 0;
   for (int v = 0; v < 2; ++v) {
     const int at = v * kLanes;
-    factor[v] = softmax_lanes(s + at, n, state.maximum + at, state.sum + at);
+    factor[v] = drops ? softmax_lanes<false>(s + at, n, state.maximum + at, state.sum + at)
+                      : softmax_lanes<kInPairs<T>>(s + at, n, state.maximum + at, state.sum + at);
   }
-  if (p.dropout_p > 0) apply_dropout(s, begin, n, view, rows);
+  if (drops) apply_dropout(s, begin, n, view, rows);
+  if (drops && kInPairs<T>) pair_rows(s, n);
 
-  const GemmOperands product{
-      values.data + skip * values.row, 1, values.row, s, kPanel, out, kPanel};
+  const GemmOperands<A> product{
+      values.data + skip * values.row, kStep<T>, kStep<T> * values.row, s, kPanel, out, kPanel};
+  const int64_t steps = ceil_div(n, kStep<T>);
   if (state.touched) {
     rescale(out, p.value_dim, factor);
-    gemm<true>(p.value_dim, kPanel, n, product);
+    gemm<true>(p.value_dim, kPanel, steps, product);
   } else {
-    gemm<false>(p.value_dim, kPanel, n, product);
+    gemm<false>(p.value_dim, kPanel, steps, product);
   }
   state.touched = true;
 }

@@ -14,6 +14,15 @@ using namespace flashkern::attention;
 
 inline constexpr int kPanel = kGemmCols;  // query rows in the lanes of two vectors
 
+// What the matrix kernels multiply: float32, or bfloat16 tensors in pairs along the sum where the
+// ISA multiplies those. Then kStep terms make one step of a product, and K and Q enter unscaled.
+template <class T>
+using Factor = std::conditional_t<kMultipliesPairs && std::is_same_v<T, BFloat16>, BFloat16, float>;
+template <class T>
+inline constexpr bool kInPairs = !std::is_same_v<Factor<T>, float>;
+template <class T>
+inline constexpr int64_t kStep = kInPairs<T> ? 2 : 1;
+
 // One KV head of one sequence.
 struct HeadView {
   const Problem* problem;
@@ -69,6 +78,18 @@ struct KeyRows {
     return {data + pages[page] * page_stride + slot * row, end < page_end ? end : page_end};
   }
 };
+
+// out[d] = the pair (a[d], b[d]); b may be missing, for zeros.
+inline void join_rows(const BFloat16* a, const BFloat16* b, int64_t n, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) {
+    store(out + d, join(load(a + d), b == nullptr ? VecF{} : load(b + d)));
+  }
+  if (d == n) return;
+  const int tail = static_cast<int>(n - d);
+  const VecF second = b == nullptr ? VecF{} : load_partial(b + d, tail);
+  store_partial(out + d, join(load_partial(a + d, tail), second), tail);
+}
 
 // The lanes of one panel. Lanes past the last row repeat it: they are computed and thrown away.
 struct PanelRows {

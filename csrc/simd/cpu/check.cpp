@@ -1,5 +1,7 @@
 #include "simd/check.h"
 
+#include <vector>
+
 #include "simd/gemm.h"
 #include "simd/math.h"
 #include "simd/philox.h"
@@ -49,6 +51,28 @@ void simd_gemm(const SimdGemmParams& p, const Threads&) {
     gemm<true>(p.rows, p.columns, p.depth, g);
   } else {
     gemm<false>(p.rows, p.columns, p.depth, g);
+  }
+}
+
+void simd_pairs(const SimdPairsParams& p, const Threads&) {
+  std::vector<BFloat16> a(p.rows * p.depth);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = from_float<BFloat16>(p.a[i]);
+  const int64_t steps = p.depth / 2;
+  std::vector<float> b(steps * p.columns + kLanes);
+  for (int64_t k = 0; k < steps; ++k) {
+    const float* row = p.b + 2 * k * p.columns;
+    for (int64_t n = 0; n < p.columns; n += kLanes) {
+      const int count = static_cast<int>(p.columns - n < kLanes ? p.columns - n : kLanes);
+      const VecF second = load_partial(row + p.columns + n, count);
+      store(b.data() + k * p.columns + n, round_to_pairs(load_partial(row + n, count), second));
+    }
+  }
+  const GemmOperands<BFloat16> g{a.data(),  p.depth, 2,         b.data(),
+                                 p.columns, p.c,     p.columns, p.scale};
+  if (p.accumulate) {
+    gemm<true>(p.rows, p.columns, steps, g);
+  } else {
+    gemm<false>(p.rows, p.columns, steps, g);
   }
 }
 
