@@ -159,6 +159,10 @@ Tensor new_output(const Tensor& query, int64_t rows, int64_t dim) {
 void launch_on_gpu(attention::ForwardParams& p, const Tensor& query) {
   STD_TORCH_CHECK(p.dtype != DType::kFloat64,
                   "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
+  constexpr int64_t kMost = 1 << 30;  // the kernels count keys, and rows of a group, in 32 bits
+  STD_TORCH_CHECK(p.seq_k < kMost && p.group() * p.seq_q < kMost, "attention: keys (", p.seq_k,
+                  ") and a group's query rows (", p.group() * p.seq_q,
+                  ") must be fewer than 2^30 on a GPU");
   if constexpr (kGpuKernels) {
     const GpuScope scope(query);
     const int64_t floats = gpu::attention_workspace(p) / static_cast<int64_t>(sizeof(float));

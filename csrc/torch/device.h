@@ -29,8 +29,9 @@ inline constexpr bool kCpuKernels = true, kGpuKernels = false, kEmulated = false
 
 inline bool on_gpu(const Tensor& t) { return kEmulated || t.is_cuda(); }
 
-// Whether this process may read the tensor's memory: the emulated GPU's lies in front of it.
-inline bool host_readable(const Tensor& t) { return t.is_cpu(); }
+// Whether a launcher may read the tensor's memory: the emulated GPU's is out of reach as any
+// other's.
+inline bool host_readable(const Tensor& t) { return !on_gpu(t); }
 
 // A dropout seed: one int64 in the memory of the device that the call runs on.
 inline const uint64_t* seed_of(const Tensor& seed, const Tensor& like) {

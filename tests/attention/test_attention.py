@@ -291,6 +291,21 @@ def test_dropout_is_the_function(backend: str, rows: int, window: Any) -> None:
     check(tensors, keep=keep, dropout_p=0.4, window=window)
 
 
+@pytest.mark.parametrize("rows", [1, 45])
+@pytest.mark.parametrize("columns", [70, 3000])
+def test_one_key_stands_out(backend: str, rows: int, columns: int) -> None:
+    """Wherever it is, by more than the exponent of a float32: no maximum may leave it out."""
+    query = torch.ones(1, 2, rows, 32)
+    value = torch.randint(-9, 9, (1, 2, columns, 32)).float()
+    for place in (*range(16), columns // 2 + 1, columns - 1):
+        key = torch.zeros(1, 2, columns, 32)
+        key[:, :, place] = 100.0
+        output, lse = fk.attention(query, key, value, return_lse=True)
+        want = value[:, :, place : place + 1].expand_as(output)
+        torch.testing.assert_close(output, want, rtol=1e-4, atol=0)
+        torch.testing.assert_close(lse, torch.full_like(lse, 3200 / 32**0.5))
+
+
 def test_strided_and_expanded_views(backend: str) -> None:
     query = torch.randn(2, 45, 4, 32).transpose(1, 2).requires_grad_()
     key = torch.randn(1, 1, 70, 64)[..., ::2].expand(2, 2, 70, 32).requires_grad_()

@@ -84,6 +84,16 @@ def test_cache_with_append_and_pages(backend: str, rows: int, dtype: torch.dtype
     assert torch.equal(reference.gather_pages(paged[1], table)[2, :, 700 : 700 + rows], v[2])
 
 
+def test_append_of_no_rows(backend: str) -> None:
+    caches = [torch.randn(2, 2, 20, 16) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    none = torch.empty(2, 2, 0, 16)
+    lengths = torch.tensor([4, 20])
+    query = torch.randn(2, 4, 3, 16)
+    fk.attention_kvcache(query, *caches, cache_lengths=lengths, k=none, v=none)
+    assert all(map(torch.equal, caches, before))
+
+
 def test_append_of_values_wider_than_keys(backend: str) -> None:
     query, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 40)
     caches = [torch.randn(2, 2, 20, dim) for dim in (16, 40)]
@@ -168,6 +178,27 @@ def test_lengths_outside_the_cache_are_refused(length: int, appended: bool) -> N
         fk.attention_kvcache(
             query, cache, cache.clone(), cache_lengths=torch.tensor([length]), **new
         )
+
+
+def test_a_gpu_counts_keys_in_32_bits(backend: str) -> None:
+    if backend not in GPU:
+        pytest.skip("a CPU counts in 64")
+    keys = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**30, 8)
+    with pytest.raises(RuntimeError, match="fewer than 2\\^30"):
+        fk.attention(keys[:, :, :1], keys, keys)
+
+
+def test_a_gpu_drops_rows_for_which_a_cache_has_no_room(backend: str) -> None:
+    """It cannot refuse them: lengths are read where they lie."""
+    if backend not in GPU:
+        pytest.skip("a CPU refuses them")
+    room = torch.zeros(4, 1, 8, 16)
+    caches, new = [room[1:3].clone(), room[1:3].clone()], torch.ones(2, 1, 3, 16)
+    lengths = torch.tensor([6, -2], dtype=torch.int32)
+    _ops.ops.attention_append_kv(*caches, new, new, lengths, None)
+    for cache in caches:
+        assert cache[0].sum(-1).tolist() == [[0, 0, 0, 0, 0, 0, 16, 16]]
+        assert cache[1].sum(-1).tolist() == [[16, 0, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", ["k", "v"])

@@ -97,7 +97,7 @@ class Block {
         const int index = w.row_begin + own;
         if (index >= w.row_end) continue;
         if (w.whole_output) {
-          write_output<T>(p_, w.sequence, shared_.rows[own], whole, sums_[m], r);
+          write_output<T>(p_, plan_.rule.keep, w.sequence, shared_.rows[own], whole, sums_[m], r);
         } else {
           const int batch = static_cast<int>(w.sequence.batch);
           write_part(p_, part_of(p_, plan_, batch, w.kv_head, w.split, index), whole, sums_[m], r);
@@ -177,7 +177,8 @@ class Block {
     for (int m = 0; m < kStrips; ++m) {
       const Row* rows = &shared_.rows[warp_row_ + 16 * m + static_cast<int>(ptx::lane_id()) / 4];
       if (!kPlain && !plan_.plain) {
-        modify<T>(scores[m], rows, first, p_, static_cast<int>(shared_.work.sequence.offset));
+        modify<T>(scores[m], rows, first, p_, plan_.rule,
+                  static_cast<int>(shared_.work.sequence.offset));
       }
       if (!whole) mask(scores[m], rows, first);
       float factor[2];
@@ -186,7 +187,8 @@ class Block {
       state(m, 0) = states[0], state(m, 1) = states[1];
       rescale(sums_[m], factor);
       if (!kPlain && p_.dropout_p > 0) {
-        drop(scores[m], rows, first, p_, static_cast<int>(shared_.work.sequence.batch));
+        drop(scores[m], rows, first, p_, plan_.rule.threshold,
+             static_cast<int>(shared_.work.sequence.batch));
       }
     }
   }

@@ -2,6 +2,7 @@
 // multiplies: probabilities and the gradients of logits, recomputed element by element.
 #pragma once
 
+#include "attention/sm80/plan.h"
 #include "attention/sm80/scores.h"
 
 namespace flashkern::attention::sm80 {
@@ -71,20 +72,11 @@ FK_DEVICE FullRow make_full_row(const Problem& p, const Sequence& s, int query, 
   return row;
 }
 
-// What all elements of a call share: a kernel's constants, which take no registers.
-struct GradientRule {
-  float scale = 0, cap = 0;  // in units of log2; scale / softcap where there is one
-  float keep = 0;            // the factor of what dropout keeps
-  float product = 0;         // the factor of dQ and dK
-  uint64_t threshold = 0;    // of dropout; 0: none
+struct GradientRule : ScoreRule {
+  float product = 0;  // the factor of dQ and dK
 
   GradientRule() = default;
-  explicit GradientRule(const Problem& p)
-      : scale(static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e)),
-        cap(static_cast<float>(p.softcap * kLog2e)),
-        keep(p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f),
-        product(static_cast<float>(p.scale)),
-        threshold(p.dropout_p > 0 ? dropout_threshold(p.dropout_p) : 0) {}
+  explicit GradientRule(const Problem& p) : ScoreRule(p), product(static_cast<float>(p.scale)) {}
 
   // x: the product of query and key, becomes P; y: that of dO and value, becomes the gradient of
   // x / scale.

@@ -9,6 +9,7 @@
 
 #include "attention/params.h"
 #include "attention/softmax.h"
+#include "dropout.h"
 #include "types.h"
 
 namespace flashkern::attention::sm80 {
@@ -62,9 +63,24 @@ struct SequenceCut {
   FK_HOST_DEVICE int blocks() const { return tiles * splits; }
 };
 
+// What all scores of a call share: a kernel's constants, which take no registers.
+struct ScoreRule {
+  float scale = 0, cap = 0;  // in units of log2; scale / softcap where there is one
+  float keep = 1;            // the factor of what dropout keeps
+  uint64_t threshold = 0;    // of dropout
+
+  ScoreRule() = default;
+  explicit ScoreRule(const Problem& p)
+      : scale(static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e)),
+        cap(static_cast<float>(p.softcap * kLog2e)),
+        keep(static_cast<float>(1 / (1 - p.dropout_p))),
+        threshold(dropout_threshold(p.dropout_p)) {}
+};
+
 struct ForwardPlan {
   Form form = Form::kFew;
-  bool plain = false;    // scores take a positive scale and a band, nothing else
+  bool plain = false;  // scores take a positive scale and a band, nothing else
+  ScoreRule rule;
   float scale = 1;       // what makes logits of scores, once options have had their way
   bool aligned = false;  // rows start at multiples of 16 bytes
   int dim = 0;           // the bucket of head_dim and value_dim: 32, 64, 128 or 256
@@ -124,7 +140,8 @@ inline ForwardPlan plan_forward(const Problem& p) {
   ForwardPlan plan;
   const int64_t dim = std::max(p.head_dim, p.value_dim);
   plan.plain = plain_scores(p);
-  if (plan.plain) plan.scale = static_cast<float>(p.scale * kLog2e);
+  plan.rule = ScoreRule(p);
+  if (plan.plain) plan.scale = plan.rule.scale;
   plan.dim = dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
   const int element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
   const int row_bytes = plan.dim * element_bytes;

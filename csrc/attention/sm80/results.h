@@ -8,11 +8,11 @@
 
 namespace flashkern::attention::sm80 {
 
-// What the accumulators are multiplied by, for a state whose sum is whole; writes lse.
-FK_DEVICE float finish(const ForwardParams& p, const Sequence& s, int query, int head,
+// What the accumulators are multiplied by, for a state whose sum is whole; writes lse. `factor`:
+// that of dropout.
+FK_DEVICE float finish(const ForwardParams& p, float factor, const Sequence& s, int query, int head,
                        RowState<float> state, bool writes_lse) {
   const bool blind = state.blind();
-  float factor = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
   if (p.sinks != nullptr) {
     factor *= add_sink(state, p.sinks[head] * static_cast<float>(kLog2e));
   }
@@ -58,9 +58,9 @@ FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, int ba
 }
 
 template <class T, int N>
-FK_DEVICE void write_output(const ForwardParams& p, const Sequence& s, const Row& row,
+FK_DEVICE void write_output(const ForwardParams& p, float keep, const Sequence& s, const Row& row,
                             const RowState<float>& state, const float (&sums)[N][4], int r) {
-  const float factor = finish(p, s, row.query, row.head, state, ptx::lane_id() % 4 == 0);
+  const float factor = finish(p, keep, s, row.query, row.head, state, ptx::lane_id() % 4 == 0);
   const bool nothing = factor == 0;  // and the sums may be NaN for all that
   T* to = output_row<T>(p, s, row.query, row.head);
   for_each_pair(sums, r, static_cast<int>(p.value_dim), [&](int column, float x, float y) {
@@ -79,7 +79,8 @@ FK_DEVICE void write_part(const ForwardParams& p, float* part, const RowState<fl
 
 // One warp for each row of the workspace. Sequences whose keys were not split are done already.
 template <class T>
-__global__ void __launch_bounds__(128) merge(const ForwardParams p, const ForwardPlan plan) {
+__global__ void __launch_bounds__(128)
+    merge(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan) {
   const int64_t index = int64_t{blockIdx.x} * 4 + ptx::warp_id();
   const int row = static_cast<int>(index % plan.split_rows);
   const int64_t head_index = index / plan.split_rows;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(128) merge(const ForwardParams p, const Forwar
   }
   const int group = static_cast<int>(p.group());
   const int query = row / group, head = kv_head * group + row % group;
-  const float factor = finish(p, s, query, head, state, ptx::lane_id() == 0);
+  const float factor = finish(p, plan.rule.keep, s, query, head, state, ptx::lane_id() == 0);
   T* to = output_row<T>(p, s, query, head);
   for (int column = 2 * ptx::lane_id(); column < p.value_dim; column += 64) {
     float x = 0, y = 0;

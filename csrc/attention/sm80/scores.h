@@ -68,13 +68,11 @@ FK_DEVICE float bias_element(const Bias& bias, int64_t at) {
 
 // From products of queries and keys to logits, all but the mask.
 template <class T, int N>
-FK_DEVICE void modify(float (&s)[N][4], const Row* rows, int first, const Problem& p, int offset) {
-  const bool capped = p.softcap > 0;
-  const float scale = static_cast<float>(capped ? p.scale / p.softcap : p.scale * kLog2e);
-  for_each_score(s, rows, first, [&](float& x, const Row&, int) { x *= scale; });
-  if (capped) {
-    const float cap = static_cast<float>(p.softcap * kLog2e);
-    for_each_score(s, rows, first, [&](float& x, const Row&, int) { x = tanhf(x) * cap; });
+FK_DEVICE void modify(float (&s)[N][4], const Row* rows, int first, const Problem& p,
+                      const ScoreRule& rule, int offset) {
+  for_each_score(s, rows, first, [&](float& x, const Row&, int) { x *= rule.scale; });
+  if (rule.cap > 0) {
+    for_each_score(s, rows, first, [&](float& x, const Row&, int) { x = tanhf(x) * rule.cap; });
   }
   if (p.alibi_slopes != nullptr) {
     for_each_score(s, rows, first, [&](float& x, const Row& row, int key) {
@@ -166,8 +164,8 @@ FK_DEVICE uint32_t kept_pair(const Problem& p, uint64_t threshold, int batch, co
 // Zeros what dropout removes; 1 / (1 - p) waits for the end. The random numbers are drawn in a loop
 // of its own that stays rolled up, into a bit for each score: they would crowd out the sums.
 template <int N>
-FK_DEVICE void drop(float (&s)[N][4], const Row* rows, int first, const Problem& p, int batch) {
-  const uint64_t threshold = dropout_threshold(p.dropout_p);
+FK_DEVICE void drop(float (&s)[N][4], const Row* rows, int first, const Problem& p,
+                    uint64_t threshold, int batch) {
   const int pair = first + static_cast<int>(ptx::lane_id()) % 4 * 2;
   uint64_t mask = 0;
 #pragma unroll 1
