@@ -186,9 +186,10 @@ def main() -> int:
     passes = SAMPLE if args.sample else PASSES[: args.passes]
     caught: dict[int, str] = {}
     unseen: set[int] = set()
-    for variant, seed, budget in passes:
+    for place, (variant, seed, budget) in enumerate(passes):
         for operator in operators:
-            left = [f.number for f in faults if f.operator == operator and f.number not in caught]
+            left = [f.number for f in faults if f.operator == operator and f.number not in caught
+                    and (place == 0 or not reason(f))]  # fmt: skip
             run = Run(operator, variant, seed, budget)
             if not args.sample:
                 unseen |= set(left) - run.learn()

@@ -12,12 +12,43 @@ EXACT = "where both sides are equal, either way is right"
 EDGE = "matters where the wanted candidate itself lies on a bin's edge: too rare for a test"
 AGAIN = "asks the driver again"
 CONSTANT = "a constant, which stays as it is"
+MASKED = "rows past the last are masked"
+UNREAD = "the address of what is not read"
+MISSED = "decides for rows that no block meets, since they see no keys"
 LOWER = "a lower threshold: more chunks are read, the same k are best"
 
 # (path's end, what was done, the line that it was done in): two patterns. The reason.
 EXPLAINED = (
-    ("attention/sm80/backward.h", r"without zeros", r"numbers_", "rows past the last are masked"),
+    ("attention/sm80/append.cu", r"- 1", r"kWarps - 1", MORE),
+    ("attention/sm80/append.cu", r"if \(false\)", r"bits %", SLOWER),
+    ("attention/sm80/append.cu", r"if \(false\)", r"rows == 0", "nobody calls it so"),
+    ("attention/sm80/backward.h", r"", r"numbers_ \+|thread < rows", MASKED),
+    ("attention/sm80/backward.h", r"", r"index \+ 1 < end", MORE),
+    ("attention/sm80/backward.h", r"< is <=", r"threadIdx\.x < kRows", SLOWER),
+    ("attention/sm80/backward.h", r"", r"begin >= s\.k_length", "then no row sees the block"),
+    ("attention/sm80/backward.h", r"\+ 1", r"p_\.turns \+ 1\};  //", "the turn of no tile"),
+    ("attention/sm80/backward.h", r"if \(false\)", r"\(whole\)", SLOWER),
+    ("attention/sm80/backward_products.h", r"", r"k >= length", "multiplies zeros"),
+    ("attention/sm80/backward_rows.h", r"if \(false\)", r"if \(aligned\)", SLOWER),
+    ("attention/sm80/backward_shape.h", r"", r"queries > 0|if \(aligned\)", SLOWER),
+    ("attention/sm80/backward_shape.h", r"", r"r < rows \? start", UNREAD),
+    ("attention/sm80/backward_turns.h", r"", r"whole = rows >= kRows", SLOWER),
+    ("attention/sm80/backward_turns.h", r"< is <=|\+ 1", r"mine \+ 1 < blocks", "nobody waits"),
+    ("attention/sm80/backward_turns.h", r"if \(false\)", r"first\(\)", "waits for the 0 there"),
+    ("attention/sm80/forward.cu", r"if \(false\)", r"plan\.blocks == 0", "nobody calls it so"),
     ("attention/sm80/forward.h", r"no ptx::copy_wait_all", r"", "zeros that nobody reads"),
+    ("attention/sm80/forward.h", r"", r"__any_sync", "a lane's factors are its own"),
+    ("attention/sm80/forward.h", r"< is <=", r"begin\(\) < end", MORE),
+    ("attention/sm80/forward.h", r"", r"bool whole = first >=|kPlain \|\|", SLOWER),
+    ("attention/sm80/forward.h", r"if \(false\)", r"plan\.splits == 1|row_end == 0", MORE),
+    ("attention/sm80/gradient.h", r"", r"int (first|end)\(int query\)", MISSED),
+    ("attention/sm80/products.h", r"", r"8 \* j >= dim", "multiplies zeros"),
+    ("attention/sm80/results.h", r"if \(false\)", r"lane_id\(\) % 4", "four lanes write the same"),
+    ("attention/sm80/scores.h", r">= is >", r">= threshold", "one random word in 2^32 differs"),
+    ("attention/sm80/tile.h", r"if \(false\)", r"if \(aligned\)", SLOWER),
+    ("attention/sm80/work.h", r"< is <=", r"first < p_\.batch", MORE),
+    ("attention/sm80/work.h", r"- 1", r"w\.row_end - 1", MORE),
+    ("attention/sm80/work.h", r"\? :", r"cut\.tiles - 1 - tile", "another order of blocks"),
     (
         "attention/sm80/scores.h",
         r"wrong lane",
@@ -70,7 +101,8 @@ EXPLAINED = (
     ("lora/sm80/shrink.cu", r"if \(false\)", r"order\.empty", MORE),
     ("lora/sm80/shrink.cu", r"if \(false\)", r"narrow_ranks", SLOWER),
     ("", r"<= is <|- 1", r"keep\.below|d\.threshold - 1", "one random word in 2^32 differs"),
-    ("", r"one less|\? :", r"__launch_bounds__|copy_wait<k\w+ - 2>|at\[kAlong", CONSTANT),
+    ("", r"one less|\? :", r"__launch_bounds__|copy_wait<k\w+ - \d>|at\[kAlong", CONSTANT),
+    ("attention/sm80/backward.h", r"", r"kMostColumns", CONSTANT),
     ("", r"\+ 1 is", r"^float (part|h)\[", CONSTANT),
     ("", r"if \(false\)", r"call\.rows == 0 \|\|", "nobody calls it so"),
 )

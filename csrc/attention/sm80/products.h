@@ -93,11 +93,10 @@ struct Products {
   }
 };
 
-// x = high + low, each a TF32, but for its last 3 bits. An infinity has no low part.
+// x = high + low, each a TF32, but for its last 3 bits.
 FK_DEVICE void split_tf32(float x, uint32_t& high, uint32_t& low) {
   high = ptx::to_tf32(x);
-  const float rest = x - __uint_as_float(high);
-  low = ptx::to_tf32(fabsf(rest) <= fabsf(x) ? rest : 0.0f);
+  low = ptx::to_tf32(x - __uint_as_float(high));
 }
 
 template <int N>
