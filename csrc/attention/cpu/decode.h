@@ -15,9 +15,8 @@ namespace flashkern::FK_ISA::attention {
 
 inline constexpr int64_t kDecodeKeys = kKeyBlock;
 
-// Keys, and then values, are read so many rows at a time while the rows that lie kAheadBytes
-// further on, wherever their page is, are on their way.
-inline constexpr int64_t kStreamKeys = 4;
+// While a row of keys or values is read, the one that lies kAheadBytes further on, wherever its
+// page is, is on its way.
 inline constexpr int64_t kAheadBytes = 8192;
 
 inline int64_t whole_vectors(int64_t n) { return round_up(n, kLanes); }
@@ -96,8 +95,8 @@ class DecodeTask {
         view_(view),
         range_(range),
         rows_(range.row_end - range.row_begin),
-        query_row_(whole_vectors(p.head_dim)),
-        out_row_(whole_vectors(p.value_dim)) {
+        query_row_(round_up(p.head_dim, kPairLanes)),
+        out_row_(round_up(p.value_dim, kPairLanes)) {
     scratch.reset(rows_ * (query_row_ + out_row_ + kDecodeKeys) + kDecodeKeys + 64);
     queries_ = scratch.take(rows_ * query_row_);
     out_ = scratch.take(rows_ * out_row_);
@@ -121,7 +120,11 @@ class DecodeTask {
 
   template <class Fn>
   void for_each_row(Fn&& fn) {
-    for (int64_t r = 0; r < rows_; ++r) fn(range_.row_begin + r, states_[r], out_ + r * out_row_);
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* out = out_ + r * out_row_;
+      for (int64_t e = 0; e < out_row_; e += kPairLanes) store_pair<T>(out + e, load_pair(out + e));
+      fn(range_.row_begin + r, states_[r], out);
+    }
   }
 
  private:
@@ -132,18 +135,20 @@ class DecodeTask {
       const T* from = row_of<T>(p_.query, view_.sequence, view_.sequence.q_start,
                                 view_.head_of(row), view_.query_of(row));
       float* to = queries_ + r * query_row_;
-      for (int64_t d = 0; d < query_row_; ++d) {
-        to[d] = d < p_.head_dim ? to_float(from[d]) * factor : 0.f;
-      }
+      along_row<T>(p_.head_dim, [&](int64_t d, auto load_query) {
+        const VectorPair x = load_query(from + d);
+        store(to + d, x.first * factor);
+        store(to + d + kLanes, x.second * factor);
+      });
     }
   }
 
   void attend(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     stream(KeyRows<T>(p_, p_.key, view_), begin, end, p_.head_dim,
-           [&](const T* keys, int64_t row, int64_t j, int64_t count) {
-             dot_scores<T>(rows_, queries_, query_row_, keys, row, count, p_.head_dim,
-                           scores_ + (j - begin), kDecodeKeys);
+           [&](const StreamRows<T>& keys, int64_t j, int64_t) {
+             dot_scores(rows_, queries_, query_row_, keys, p_.head_dim, scores_ + (j - begin),
+                        kDecodeKeys);
            });
     for (int64_t r = 0; r < rows_; ++r) {
       const DecodeRow row(view_, range_.row_begin + r);
@@ -156,25 +161,35 @@ class DecodeTask {
       for (int64_t e = 0; e < out_row_; e += kLanes) store(out + e, load(out + e) * factor);
     }
     stream(KeyRows<T>(p_, p_.value, view_), begin, end, p_.value_dim,
-           [&](const T* values, int64_t row, int64_t j, int64_t count) {
-             weigh_values<T>(rows_, scores_ + (j - begin), kDecodeKeys, values, row, count,
-                             p_.value_dim, out_, out_row_);
+           [&](const StreamRows<T>& values, int64_t j, int64_t count) {
+             weigh_values(rows_, scores_ + (j - begin), kDecodeKeys, values, count, p_.value_dim,
+                          out_, out_row_);
            });
   }
 
-  // fn(rows, their distance, the first one's number, how many) over rows [begin, end).
+  // fn(a group of rows, the first one's number, how many) over rows [begin, end). Where a group is
+  // not full, its last row stands in.
   template <class Fn>
   void stream(const KeyRows<T>& rows, int64_t begin, int64_t end, int64_t dim, Fn&& fn) const {
-    const int64_t ahead =
-        round_up(kAheadBytes / (dim * static_cast<int64_t>(sizeof(T))), kStreamKeys);
-    for (int64_t j = begin; j < end;) {
-      const auto run = rows.run(j, std::min(j + kStreamKeys, end));
-      if (j + ahead < end_) {
-        const auto next = rows.run(j + ahead, std::min(j + ahead + kStreamKeys, end_));
-        prefetch_rows(next.rows, rows.row, next.end - (j + ahead), dim);
-      }
-      fn(run.rows, rows.row, j, run.end - j);
-      j = run.end;
+    const int64_t ahead = kAheadBytes / (dim * static_cast<int64_t>(sizeof(T)));
+    StreamRows<T> group;
+    for (int64_t j = begin; j < end; j += kStreamRows) {
+      const int64_t count = std::min<int64_t>(end - j, kStreamRows);
+      locate(rows, j, count, group.row);
+      locate(rows, std::min(j + ahead, end_ - count), count, group.next);
+      fn(group, j, count);
+    }
+  }
+
+  static void locate(const KeyRows<T>& rows, int64_t j, int64_t count, const T** at) {
+    const auto run = rows.run(j, j + count);
+    if (run.end - j == kStreamRows) {
+      unrolled<kStreamRows>([&](auto i) { at[i] = run.rows + i * rows.row; });
+      return;
+    }
+    for (int64_t i = 0; i < kStreamRows; ++i) {
+      const int64_t row = j + std::min(i, count - 1);
+      at[i] = rows.run(row, row + 1).rows;
     }
   }
 

@@ -1,170 +1,214 @@
 // The two products of the decode kernel. Keys and values come straight from the cache, are widened
 // in registers and used for every query row: memory traffic, not arithmetic, sets the pace.
 //
-//   scores[r][j] = sum_d q[r][d] keys[j][d]      2 x 4 or 4 x 2 dot products in registers
+//   scores[r][j] = sum_d q[r][d] keys[j][d]      4 keys: up to 4 x 4 dot products in registers
 //   out[r][e]   += sum_j p[r][j] values[j][e]    the weights of 4 keys in registers, out in L1
 //
-// Both walk four rows of the cache at a time from left to right, and ask for rows some KiB further
-// on as they go: order and spread are what lets the loads of one core fill its share of the memory
-// bus. Whole rows first and a burst of prefetches between them reach half of it.
+// A core fills its share of the memory bus only if lines are asked for one after the other, as a
+// stream. Each step of a product therefore also asks for the next lines of rows some KiB further
+// on, row by row, whatever the order in which the product itself reads.
+//
+// Rows are taken two vectors at a time, in the order of lanes in which one load yields them:
+// widening 32 bfloat16 costs a shift and a mask if the even ones fill one vector and the odd ones
+// the other. Queries and accumulators keep that order until the end.
 #pragma once
 
 #include "simd/dot.h"
 
 namespace flashkern::FK_ISA::attention {
 
-// step(d, load) for every vector of a row of `dim` elements (a multiple of 8), the last one maybe
-// in part. Not unrolled: each load instruction then walks line by line, a stride that the
-// hardware's prefetcher follows.
+inline constexpr int kPairLanes = 2 * kLanes;
+
+struct VectorPair {
+  VecF first, second;
+};
+
+template <class T>
+inline VectorPair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+inline VectorPair load_pair(const BFloat16* p) {
+  VecU both;
+  std::memcpy(&both, p, sizeof both);
+  return {bits_to_float(both << 16), bits_to_float(both & 0xffff0000u)};
+}
+
+// The first n elements, fewer than a pair's, with zeros behind.
+template <class T>
+inline VectorPair load_partial_pair(const T* p, int n) {
+  if (n < kLanes) return {load_partial(p, n), VecF{}};
+  return {load(p), load_partial(p + kLanes, n - kLanes)};
+}
+inline VectorPair load_partial_pair(const BFloat16* p, int n) {
+#if defined(__AVX512F__)
+  const auto both = reinterpret_cast<VecU>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  return {bits_to_float(both << 16), bits_to_float(both & 0xffff0000u)};
+#else
+  BFloat16 padded[kPairLanes] = {};
+  std::memcpy(padded, p, n * sizeof(BFloat16));
+  return load_pair(padded);
+#endif
+}
+
+// From the order of load_pair<T> to that of memory.
+template <class T>
+inline void store_pair(float* out, VectorPair x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (int i = 0; i < kLanes; ++i) out[2 * i] = x.first[i], out[2 * i + 1] = x.second[i];
+  } else {
+    store(out, x.first);
+    store(out + kLanes, x.second);
+  }
+}
+
+// step(d, load) for every pair of vectors of a row of `dim` elements, the last one maybe in part.
+// Not unrolled: each load instruction then walks line by line, a stride that the hardware's
+// prefetcher follows.
 template <class T, class Step>
 __attribute__((always_inline)) inline void along_row(int64_t dim, Step&& step) {
-  const auto whole = [](const T* at) __attribute__((always_inline)) { return load(at); };
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) step(d, whole);
-  if (kLanes > 8 && d < dim) {
+  for (; d + kPairLanes <= dim; d += kPairLanes) {
+    step(d, [](const T* at) __attribute__((always_inline)) { return load_pair(at); });
+  }
+  if (d < dim) {
     const int tail = static_cast<int>(dim - d);
-    step(d, [tail](const T* at) __attribute__((always_inline)) { return load_partial(at, tail); });
+    step(d, [tail](const T* at)
+                __attribute__((always_inline)) { return load_partial_pair(at, tail); });
   }
 }
 
-// kRows rows of scores for kKeys (at most 4) keys. `q` rows are padded with zeros to whole vectors.
-template <class T, int kRows, int kKeys>
-inline void dot_tile(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t dim,
-                     float* scores, int64_t score_row) {
+// Rows of the cache that are met together, and rows further on that are asked for meanwhile.
+inline constexpr int kStreamRows = 4;
+
+template <class T>
+struct StreamRows {
+  const T *row[kStreamRows], *next[kStreamRows];
+};
+
+// Asks for the lines of rows next[0], ..., next[3], one after the other.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const StreamRows<T>& rows, int64_t first, int64_t dim)
+      : next_(rows.next + first), last_(rows.next + kStreamRows - 1), dim_(dim) {
+    turn();
+  }
+
+  // As many lines as kRows pairs of vectors fill.
+  template <int kRows>
+  __attribute__((always_inline)) void ask() {
+    constexpr int kBytes = kRows * kPairLanes * static_cast<int>(sizeof(T));
+    unrolled<(kBytes + 63) / 64>([&](auto) __attribute__((always_inline)) {
+      __builtin_prefetch(at_);
+      at_ += 64 / sizeof(T);
+      if (at_ >= end_) turn();
+    });
+  }
+
+ private:
+  __attribute__((always_inline)) void turn() {
+    at_ = *next_;
+    end_ = at_ + dim_;
+    if (next_ != last_) ++next_;
+  }
+
+  const T *const *next_, *const *last_;
+  const int64_t dim_;
+  const T *at_, *end_;
+};
+
+// Query rows that a product takes at once. The first ones ask for what lies ahead.
+inline constexpr int kMostRows = kLanes == 16 ? 4 : 2;
+
+// fn(constant kRows, first row) over `rows` rows.
+template <int kRows = kMostRows, class Fn>
+inline void tile_rows(int64_t rows, Fn&& fn, int64_t first = 0) {
+  for (; rows - first >= kRows; first += kRows) fn(std::integral_constant<int, kRows>(), first);
+  if constexpr (kRows > 1) {
+    if (first < rows) tile_rows<kRows - 1>(rows, fn, first);
+  }
+}
+
+// kRows rows of scores for the keys of a group.
+template <int kRows, class T>
+inline void dot_rows(bool lead, const float* q, int64_t q_row, const StreamRows<T>& keys,
+                     int64_t dim, float* scores, int64_t score_row) {
   VecF acc[kRows][4];
   unrolled<kRows * 4>([&](auto t) __attribute__((always_inline)) { acc[t / 4][t % 4] = VecF{}; });
-  const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
-    VecF query[kRows];
-    unrolled<kRows>([&](auto r)
-                        __attribute__((always_inline)) { query[r] = load(q + r * q_row + d); });
-    unrolled<kKeys>([&](auto j) __attribute__((always_inline)) {
-      const VecF key = load_key(keys + j * key_row + d);
+  Ahead<T> ahead(keys, 0, dim);
+  along_row<T>(dim, [&](int64_t d, auto load_key) __attribute__((always_inline)) {
+    VectorPair query[kRows];
+    unrolled<kRows>(
+        [&](auto r) __attribute__((always_inline)) { query[r] = load_pair(q + r * q_row + d); });
+    if (lead) ahead.template ask<4>();
+    unrolled<4>([&](auto k) __attribute__((always_inline)) {
+      const VectorPair key = load_key(keys.row[k] + d);
       unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-        acc[r][j] = fma(query[r], key, acc[r][j]);
+        acc[r][k] = fma(query[r].first, key.first, acc[r][k]);
+        acc[r][k] = fma(query[r].second, key.second, acc[r][k]);
       });
     });
-  };
-  along_row<T>(dim, step);
+  });
   unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
     const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    std::memcpy(scores + r * score_row, &sums, kKeys * sizeof(float));
+    std::memcpy(scores + r * score_row, &sums, sizeof sums);
   });
 }
 
-// The same with 4 rows x 2 keys: a key is widened once for four rows.
 template <class T>
-inline void dot_square(const float* q, int64_t q_row, const T* keys, int64_t key_row, int64_t dim,
-                       float* scores, int64_t score_row) {
-  VecF acc[4][2];
-  unrolled<8>([&](auto t) __attribute__((always_inline)) { acc[t / 2][t % 2] = VecF{}; });
-  const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
-    const VecF key[2] = {load_key(keys + d), load_key(keys + key_row + d)};
-    unrolled<4>([&](auto r) __attribute__((always_inline)) {
-      const VecF query = load(q + r * q_row + d);
-      acc[r][0] = fma(query, key[0], acc[r][0]);
-      acc[r][1] = fma(query, key[1], acc[r][1]);
-    });
-  };
-  along_row<T>(dim, step);
-  unrolled<2>([&](auto pair) __attribute__((always_inline)) {
-    constexpr int r = 2 * pair;
-    const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
-    std::memcpy(scores + r * score_row, &sums, 8);
-    std::memcpy(scores + (r + 1) * score_row, reinterpret_cast<const char*>(&sums) + 8, 8);
+inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const StreamRows<T>& keys,
+                       int64_t dim, float* scores, int64_t score_row) {
+  tile_rows(rows, [&](auto count, int64_t r) {
+    dot_rows<count>(r == 0, q + r * q_row, q_row, keys, dim, scores + r * score_row, score_row);
   });
 }
 
-// Four keys meet all query rows before the next four are read.
-template <class T>
-inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const T* keys, int64_t key_row,
-                       int64_t count, int64_t dim, float* scores, int64_t score_row) {
-  for (; count >= 4; count -= 4, keys += 4 * key_row, scores += 4) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      const float* queries = q + r * q_row;
-      float* out = scores + r * score_row;
-      dot_square(queries, q_row, keys, key_row, dim, out, score_row);
-      dot_square(queries, q_row, keys + 2 * key_row, key_row, dim, out + 2, score_row);
-    }
-    for (; r + 2 <= rows; r += 2) {
-      dot_tile<T, 2, 4>(q + r * q_row, q_row, keys, key_row, dim, scores + r * score_row,
-                        score_row);
-    }
-    if (r < rows) {
-      dot_tile<T, 1, 4>(q + r * q_row, q_row, keys, key_row, dim, scores + r * score_row,
-                        score_row);
-    }
-  }
-  for (; count > 0; --count, keys += key_row, ++scores) {
-    for (int64_t r = 0; r < rows; ++r) {
-      dot_tile<T, 1, 1>(q + r * q_row, q_row, keys, key_row, dim, scores + r * score_row,
-                        score_row);
-    }
-  }
-}
-
-// Asks for `count` rows ahead of their use. Addresses are numbers: they may lie past an array's
-// end.
-template <class T>
-inline void prefetch_rows(const T* rows, int64_t row, int64_t count, int64_t dim) {
-  const uintptr_t step = row * sizeof(T), bytes = dim * sizeof(T);
-  uintptr_t line = reinterpret_cast<uintptr_t>(rows);
-  for (int64_t j = 0; j < count; ++j, line += step) {
-    for (uintptr_t byte = 0; byte < bytes; byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(line + byte));
-    }
-  }
-}
-
-// Rows of out that share the weights of kKeys keys: these fill up to half of the registers.
-inline constexpr int kWeighRows = kLanes == 16 ? 4 : 2;
-
-template <class T, int kRows, int kKeys>
-inline void weigh_keys(const float* p, int64_t p_row, const T* values, int64_t value_row,
-                       int64_t dim, float* out, int64_t out_row) {
+// kRows rows of `out` meet kKeys values of a group, from the j-th on.
+template <int kRows, int kKeys, class T>
+inline void weigh_rows(bool lead, const float* p, int64_t p_row, const StreamRows<T>& values,
+                       int64_t j, int64_t dim, float* out, int64_t out_row) {
   VecF weight[kRows][kKeys];
   unrolled<kRows * kKeys>([&](auto t) __attribute__((always_inline)) {
-    weight[t / kKeys][t % kKeys] = broadcast(p[t / kKeys * p_row + t % kKeys]);
+    weight[t / kKeys][t % kKeys] = broadcast(p[t / kKeys * p_row + j + t % kKeys]);
   });
-  const auto step = [&](int64_t e, auto load_value) __attribute__((always_inline)) {
-    VecF value[kKeys];
-    unrolled<kKeys>([&](auto j) __attribute__((always_inline)) {
-      value[j] = load_value(values + j * value_row + e);
+  Ahead<T> ahead(values, j, dim);
+  along_row<T>(dim, [&](int64_t e, auto load_value) __attribute__((always_inline)) {
+    VectorPair value[kKeys];
+    unrolled<kKeys>([&](auto k) __attribute__((always_inline)) {
+      value[k] = load_value(values.row[j + k] + e);
     });
+    if (lead) ahead.template ask<kKeys>();
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       float* at = out + r * out_row + e;
-      VecF sum = load(at);
-      unrolled<kKeys>(
-          [&](auto j) __attribute__((always_inline)) { sum = fma(weight[r][j], value[j], sum); });
-      store(at, sum);
+      VectorPair sum = load_pair(at);
+      unrolled<kKeys>([&](auto k) __attribute__((always_inline)) {
+        sum.first = fma(weight[r][k], value[k].first, sum.first);
+        sum.second = fma(weight[r][k], value[k].second, sum.second);
+      });
+      store(at, sum.first);
+      store(at + kLanes, sum.second);
     });
-  };
-  along_row<T>(dim, step);
+  });
 }
 
-template <class T, int kKeys>
-inline void weigh_rows(int64_t rows, const float* p, int64_t p_row, const T* values,
-                       int64_t value_row, int64_t dim, float* out, int64_t out_row) {
-  constexpr int kRows = kWeighRows;
-  for (; rows >= kRows; rows -= kRows, p += kRows * p_row, out += kRows * out_row) {
-    weigh_keys<T, kRows, kKeys>(p, p_row, values, value_row, dim, out, out_row);
-  }
-  for (; rows > 0; --rows, p += p_row, out += out_row) {
-    weigh_keys<T, 1, kKeys>(p, p_row, values, value_row, dim, out, out_row);
-  }
+template <int kKeys, class T>
+inline void weigh_keys(int64_t rows, const float* p, int64_t p_row, const StreamRows<T>& values,
+                       int64_t j, int64_t dim, float* out, int64_t out_row) {
+  tile_rows(rows, [&](auto count, int64_t r) {
+    weigh_rows<count, kKeys>(r == 0, p + r * p_row, p_row, values, j, dim, out + r * out_row,
+                             out_row);
+  });
 }
 
-// `out` rows are padded to whole vectors.
+// The first `count` values of a group.
 template <class T>
-inline void weigh_values(int64_t rows, const float* p, int64_t p_row, const T* values,
-                         int64_t value_row, int64_t count, int64_t dim, float* out,
-                         int64_t out_row) {
-  for (; count >= 4; count -= 4, p += 4, values += 4 * value_row) {
-    weigh_rows<T, 4>(rows, p, p_row, values, value_row, dim, out, out_row);
+inline void weigh_values(int64_t rows, const float* p, int64_t p_row, const StreamRows<T>& values,
+                         int64_t count, int64_t dim, float* out, int64_t out_row) {
+  int64_t j = 0;
+  for (; j + kStreamRows <= count; j += kStreamRows) {
+    weigh_keys<kStreamRows>(rows, p, p_row, values, j, dim, out, out_row);
   }
-  for (; count > 0; --count, ++p, values += value_row) {
-    weigh_rows<T, 1>(rows, p, p_row, values, value_row, dim, out, out_row);
-  }
+  for (; j < count; ++j) weigh_keys<1>(rows, p, p_row, values, j, dim, out, out_row);
 }
 
 }  // namespace flashkern::FK_ISA::attention
