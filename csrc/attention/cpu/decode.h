@@ -15,8 +15,9 @@ namespace flashkern::FK_ISA::attention {
 
 inline constexpr int64_t kDecodeKeys = kKeyBlock;
 
-// While a row of keys or values is read, the one that lies kAheadBytes further on, wherever its
-// page is, is on its way.
+// Keys, and then values, are read kRunRows at a time while those that lie kAheadBytes further on,
+// wherever their page is, are on their way.
+inline constexpr int64_t kRunRows = 16;
 inline constexpr int64_t kAheadBytes = 8192;
 
 inline int64_t whole_vectors(int64_t n) { return round_up(n, kLanes); }
@@ -146,7 +147,7 @@ class DecodeTask {
   void attend(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     stream(KeyRows<T>(p_, p_.key, view_), begin, end, p_.head_dim,
-           [&](const StreamRows<T>& keys, int64_t j, int64_t) {
+           [&](const StreamRows<T>& keys, int64_t j) {
              dot_scores(rows_, queries_, query_row_, keys, p_.head_dim, scores_ + (j - begin),
                         kDecodeKeys);
            });
@@ -161,35 +162,22 @@ class DecodeTask {
       for (int64_t e = 0; e < out_row_; e += kLanes) store(out + e, load(out + e) * factor);
     }
     stream(KeyRows<T>(p_, p_.value, view_), begin, end, p_.value_dim,
-           [&](const StreamRows<T>& values, int64_t j, int64_t count) {
-             weigh_values(rows_, scores_ + (j - begin), kDecodeKeys, values, count, p_.value_dim,
-                          out_, out_row_);
+           [&](const StreamRows<T>& values, int64_t j) {
+             weigh_values(rows_, scores_ + (j - begin), kDecodeKeys, values, p_.value_dim, out_,
+                          out_row_);
            });
   }
 
-  // fn(a group of rows, the first one's number, how many) over rows [begin, end). Where a group is
-  // not full, its last row stands in.
+  // fn(rows, the first one's number) over rows [begin, end), some at a time.
   template <class Fn>
   void stream(const KeyRows<T>& rows, int64_t begin, int64_t end, int64_t dim, Fn&& fn) const {
-    const int64_t ahead = kAheadBytes / (dim * static_cast<int64_t>(sizeof(T)));
-    StreamRows<T> group;
-    for (int64_t j = begin; j < end; j += kStreamRows) {
-      const int64_t count = std::min<int64_t>(end - j, kStreamRows);
-      locate(rows, j, count, group.row);
-      locate(rows, std::min(j + ahead, end_ - count), count, group.next);
-      fn(group, j, count);
-    }
-  }
-
-  static void locate(const KeyRows<T>& rows, int64_t j, int64_t count, const T** at) {
-    const auto run = rows.run(j, j + count);
-    if (run.end - j == kStreamRows) {
-      unrolled<kStreamRows>([&](auto i) { at[i] = run.rows + i * rows.row; });
-      return;
-    }
-    for (int64_t i = 0; i < kStreamRows; ++i) {
-      const int64_t row = j + std::min(i, count - 1);
-      at[i] = rows.run(row, row + 1).rows;
+    const int64_t ahead = round_up(kAheadBytes / (dim * static_cast<int64_t>(sizeof(T))), kRunRows);
+    for (int64_t j = begin; j < end;) {
+      auto run = rows.run(j, std::min(j + kRunRows, end));
+      const T* next = run.rows;  // again, where nothing lies ahead
+      if (j + ahead < end_) next = rows.run(j + ahead, end_).rows;
+      fn(StreamRows<T>{run.rows, rows.row, run.end - j, next}, j);
+      j = run.end;
     }
   }
 

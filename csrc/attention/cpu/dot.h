@@ -5,8 +5,8 @@
 //   out[r][e]   += sum_j p[r][j] values[j][e]    the weights of 4 keys in registers, out in L1
 //
 // A core fills its share of the memory bus only if lines are asked for one after the other, as a
-// stream. Each step of a product therefore also asks for the next lines of rows some KiB further
-// on, row by row, whatever the order in which the product itself reads.
+// stream. Each step of a product therefore also asks for lines of rows some KiB further on, in the
+// order of memory, whatever the order in which the product itself reads.
 //
 // Rows are taken two vectors at a time, in the order of lanes in which one load yields them:
 // widening 32 bfloat16 costs a shift and a mask if the even ones fill one vector and the odd ones
@@ -77,44 +77,45 @@ __attribute__((always_inline)) inline void along_row(int64_t dim, Step&& step) {
   }
 }
 
-// Rows of the cache that are met together, and rows further on that are asked for meanwhile.
-inline constexpr int kStreamRows = 4;
-
+// Rows that are met one after another, and where rows that lie further on begin.
 template <class T>
 struct StreamRows {
-  const T *row[kStreamRows], *next[kStreamRows];
+  const T* rows;
+  int64_t row;  // from one to the next, in elements
+  int64_t count;
+  const T* next;
 };
 
-// Asks for the lines of rows next[0], ..., next[3], one after the other.
+// Rows of the cache that share a step of a product.
+inline constexpr int kStreamRows = 4;
+
+// Asks for the lines of rows further on: as many in each step as the product reads, in the order of
+// memory where rows follow one another without a gap.
 template <class T>
 class Ahead {
- public:
-  Ahead(const StreamRows<T>& rows, int64_t first, int64_t dim)
-      : next_(rows.next + first), last_(rows.next + kStreamRows - 1), dim_(dim) {
-    turn();
-  }
+  static constexpr int64_t kStep = kPairLanes * sizeof(T);  // bytes of a row
+  static constexpr int64_t kLine = kStep < 64 ? kStep : 64;
 
-  // As many lines as kRows pairs of vectors fill.
-  template <int kRows>
-  __attribute__((always_inline)) void ask() {
-    constexpr int kBytes = kRows * kPairLanes * static_cast<int>(sizeof(T));
-    unrolled<(kBytes + 63) / 64>([&](auto) __attribute__((always_inline)) {
-      __builtin_prefetch(at_);
-      at_ += 64 / sizeof(T);
-      if (at_ >= end_) turn();
+ public:
+  Ahead(const StreamRows<T>& rows, int64_t dim)
+      : at_(reinterpret_cast<uintptr_t>(rows.next)),
+        row_(rows.row == dim ? kStep : rows.row * sizeof(T)),
+        step_(rows.row == dim ? kStreamRows * kStep : kStep),
+        group_(rows.row == dim ? 0 : (kStreamRows * rows.row - dim) * sizeof(T)) {}
+
+  __attribute__((always_inline)) void step() {
+    unrolled<kStreamRows>([&](auto k) __attribute__((always_inline)) {
+      for (int64_t byte = 0; byte < kStep; byte += kLine) {
+        __builtin_prefetch(reinterpret_cast<const void*>(at_ + k * row_ + byte));
+      }
     });
+    at_ += step_;
   }
+  void end_group() { at_ += group_; }
 
  private:
-  __attribute__((always_inline)) void turn() {
-    at_ = *next_;
-    end_ = at_ + dim_;
-    if (next_ != last_) ++next_;
-  }
-
-  const T *const *next_, *const *last_;
-  const int64_t dim_;
-  const T *at_, *end_;
+  uintptr_t at_;  // a number: it may pass the end of an array
+  int64_t row_, step_, group_;
 };
 
 // Query rows that a product takes at once. The first ones ask for what lies ahead.
@@ -129,20 +130,20 @@ inline void tile_rows(int64_t rows, Fn&& fn, int64_t first = 0) {
   }
 }
 
-// kRows rows of scores for the keys of a group.
-template <int kRows, class T>
-inline void dot_rows(bool lead, const float* q, int64_t q_row, const StreamRows<T>& keys,
-                     int64_t dim, float* scores, int64_t score_row) {
+// kRows rows of scores for kKeys keys, 1 or 4.
+template <int kRows, int kKeys, class T, class Each>
+__attribute__((always_inline)) inline void dot_group(const float* q, int64_t q_row, const T* keys,
+                                                     int64_t key_row, int64_t dim, float* scores,
+                                                     int64_t score_row, Each&& each_step) {
   VecF acc[kRows][4];
   unrolled<kRows * 4>([&](auto t) __attribute__((always_inline)) { acc[t / 4][t % 4] = VecF{}; });
-  Ahead<T> ahead(keys, 0, dim);
   along_row<T>(dim, [&](int64_t d, auto load_key) __attribute__((always_inline)) {
+    each_step();
     VectorPair query[kRows];
     unrolled<kRows>(
         [&](auto r) __attribute__((always_inline)) { query[r] = load_pair(q + r * q_row + d); });
-    if (lead) ahead.template ask<4>();
-    unrolled<4>([&](auto k) __attribute__((always_inline)) {
-      const VectorPair key = load_key(keys.row[k] + d);
+    unrolled<kKeys>([&](auto k) __attribute__((always_inline)) {
+      const VectorPair key = load_key(keys + k * key_row + d);
       unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
         acc[r][k] = fma(query[r].first, key.first, acc[r][k]);
         acc[r][k] = fma(query[r].second, key.second, acc[r][k]);
@@ -151,33 +152,59 @@ inline void dot_rows(bool lead, const float* q, int64_t q_row, const StreamRows<
   });
   unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
     const Vec4 sums = sum_lanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    std::memcpy(scores + r * score_row, &sums, sizeof sums);
+    std::memcpy(scores + r * score_row, &sums, kKeys * sizeof(float));
   });
+}
+
+template <int kRows, bool kLead, class T>
+inline void dot_rows(const float* q, int64_t q_row, const StreamRows<T>& keys, int64_t dim,
+                     float* scores, int64_t score_row) {
+  const T* key = keys.rows;
+  const int64_t row = keys.row;
+  Ahead<T> ahead(keys, dim);
+  int64_t left = keys.count;
+  for (; left >= kStreamRows; left -= kStreamRows, key += kStreamRows * row) {
+    dot_group<kRows, kStreamRows>(q, q_row, key, row, dim, scores, score_row, [&] {
+      if constexpr (kLead) ahead.step();
+    });
+    ahead.end_group();
+    scores += kStreamRows;
+  }
+  for (; left > 0; --left, key += row, ++scores) {
+    dot_group<kRows, 1>(q, q_row, key, row, dim, scores, score_row, [] {});
+  }
 }
 
 template <class T>
 inline void dot_scores(int64_t rows, const float* q, int64_t q_row, const StreamRows<T>& keys,
                        int64_t dim, float* scores, int64_t score_row) {
   tile_rows(rows, [&](auto count, int64_t r) {
-    dot_rows<count>(r == 0, q + r * q_row, q_row, keys, dim, scores + r * score_row, score_row);
+    const float* from = q + r * q_row;
+    float* to = scores + r * score_row;
+    if (r == 0) {
+      dot_rows<count, true>(from, q_row, keys, dim, to, score_row);
+    } else {
+      dot_rows<count, false>(from, q_row, keys, dim, to, score_row);
+    }
   });
 }
 
-// kRows rows of `out` meet kKeys values of a group, from the j-th on.
-template <int kRows, int kKeys, class T>
-inline void weigh_rows(bool lead, const float* p, int64_t p_row, const StreamRows<T>& values,
-                       int64_t j, int64_t dim, float* out, int64_t out_row) {
+// kRows rows of `out` meet kKeys values.
+template <int kRows, int kKeys, class T, class Each>
+__attribute__((always_inline)) inline void weigh_group(const float* p, int64_t p_row,
+                                                       const T* values, int64_t value_row,
+                                                       int64_t dim, float* out, int64_t out_row,
+                                                       Each&& each_step) {
   VecF weight[kRows][kKeys];
   unrolled<kRows * kKeys>([&](auto t) __attribute__((always_inline)) {
-    weight[t / kKeys][t % kKeys] = broadcast(p[t / kKeys * p_row + j + t % kKeys]);
+    weight[t / kKeys][t % kKeys] = broadcast(p[t / kKeys * p_row + t % kKeys]);
   });
-  Ahead<T> ahead(values, j, dim);
   along_row<T>(dim, [&](int64_t e, auto load_value) __attribute__((always_inline)) {
+    each_step();
     VectorPair value[kKeys];
     unrolled<kKeys>([&](auto k) __attribute__((always_inline)) {
-      value[k] = load_value(values.row[j + k] + e);
+      value[k] = load_value(values + k * value_row + e);
     });
-    if (lead) ahead.template ask<kKeys>();
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       float* at = out + r * out_row + e;
       VectorPair sum = load_pair(at);
@@ -191,24 +218,37 @@ inline void weigh_rows(bool lead, const float* p, int64_t p_row, const StreamRow
   });
 }
 
-template <int kKeys, class T>
-inline void weigh_keys(int64_t rows, const float* p, int64_t p_row, const StreamRows<T>& values,
-                       int64_t j, int64_t dim, float* out, int64_t out_row) {
-  tile_rows(rows, [&](auto count, int64_t r) {
-    weigh_rows<count, kKeys>(r == 0, p + r * p_row, p_row, values, j, dim, out + r * out_row,
-                             out_row);
-  });
+template <int kRows, bool kLead, class T>
+inline void weigh_rows(const float* p, int64_t p_row, const StreamRows<T>& values, int64_t dim,
+                       float* out, int64_t out_row) {
+  const T* value = values.rows;
+  const int64_t row = values.row;
+  Ahead<T> ahead(values, dim);
+  int64_t left = values.count;
+  for (; left >= kStreamRows; left -= kStreamRows, value += kStreamRows * row) {
+    weigh_group<kRows, kStreamRows>(p, p_row, value, row, dim, out, out_row, [&] {
+      if constexpr (kLead) ahead.step();
+    });
+    ahead.end_group();
+    p += kStreamRows;
+  }
+  for (; left > 0; --left, value += row, ++p) {
+    weigh_group<kRows, 1>(p, p_row, value, row, dim, out, out_row, [] {});
+  }
 }
 
-// The first `count` values of a group.
 template <class T>
 inline void weigh_values(int64_t rows, const float* p, int64_t p_row, const StreamRows<T>& values,
-                         int64_t count, int64_t dim, float* out, int64_t out_row) {
-  int64_t j = 0;
-  for (; j + kStreamRows <= count; j += kStreamRows) {
-    weigh_keys<kStreamRows>(rows, p, p_row, values, j, dim, out, out_row);
-  }
-  for (; j < count; ++j) weigh_keys<1>(rows, p, p_row, values, j, dim, out, out_row);
+                         int64_t dim, float* out, int64_t out_row) {
+  tile_rows(rows, [&](auto count, int64_t r) {
+    const float* from = p + r * p_row;
+    float* to = out + r * out_row;
+    if (r == 0) {
+      weigh_rows<count, true>(from, p_row, values, dim, to, out_row);
+    } else {
+      weigh_rows<count, false>(from, p_row, values, dim, to, out_row);
+    }
+  });
 }
 
 }  // namespace flashkern::FK_ISA::attention
