@@ -84,6 +84,17 @@ def test_cache_with_append_and_pages(backend: str, rows: int, dtype: torch.dtype
     assert torch.equal(reference.gather_pages(paged[1], table)[2, :, 700 : 700 + rows], v[2])
 
 
+def test_pages_that_end_within_a_tile(backend: str) -> None:
+    """Neither the table nor the pages are read beyond their ends."""
+    query = torch.randn(1, 2, 20, 32)
+    pages, values = torch.randn(5, 1, 16, 32), torch.randn(5, 1, 16, 32)
+    table = torch.randperm(5).int().view(1, 5)
+    lengths = torch.tensor([80])
+    got = fk.attention_kvcache(query, pages, values, cache_lengths=lengths, page_table=table)
+    dense = [reference.gather_pages(t, table) for t in (pages, values)]
+    torch.testing.assert_close(got, fk.attention(query, *dense))
+
+
 def test_append_of_no_rows(backend: str) -> None:
     caches = [torch.randn(2, 2, 20, 16) for _ in range(2)]
     before = [cache.clone() for cache in caches]

@@ -45,6 +45,7 @@ EXPLAINED = (
     ("attention/sm80/products.h", r"", r"8 \* j >= dim", "multiplies zeros"),
     ("attention/sm80/results.h", r"if \(false\)", r"lane_id\(\) % 4", "four lanes write the same"),
     ("attention/sm80/scores.h", r">= is >", r">= threshold", "one random word in 2^32 differs"),
+    ("attention/sm80/scores.h", r"< is <=", r"i < 2 \* N", MORE),
     ("attention/sm80/tile.h", r"if \(false\)", r"if \(aligned\)", SLOWER),
     ("attention/sm80/work.h", r"< is <=", r"first < p_\.batch", MORE),
     ("attention/sm80/work.h", r"- 1", r"w\.row_end - 1", MORE),

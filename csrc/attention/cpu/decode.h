@@ -13,7 +13,7 @@
 
 namespace flashkern::FK_ISA::attention {
 
-inline constexpr int64_t kDecodeKeys = kKeyBlock;
+inline constexpr int64_t kDecodeKeys = 4 * kKeyBlock;  // long runs of keys, then of values
 
 // Keys, and then values, are read kRunRows at a time while those that lie kAheadBytes further on,
 // wherever their page is, are on their way.
