@@ -92,7 +92,9 @@ int isa_lanes(Isa isa) {
   return kLanes[static_cast<int>(isa)];
 }
 
-CpuFacts cpu_facts() {
+namespace {
+
+CpuFacts ask_cpu() {
   CpuFacts facts;
 #if defined(__x86_64__)
   facts.intel = __builtin_cpu_is("intel");
@@ -103,6 +105,14 @@ CpuFacts cpu_facts() {
   }
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) facts.bfloat16 |= eax >> 5 & 1;
 #endif
+  return facts;
+}
+
+}  // namespace
+
+// Asked once: in a virtual machine cpuid costs microseconds.
+CpuFacts cpu_facts() {
+  static const CpuFacts facts = ask_cpu();
   return facts;
 }
 
