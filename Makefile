@@ -104,7 +104,7 @@ VARIANT ?= plain
 EMULATED := build/emulated-$(VARIANT)
 TESTS ?= tests/attention tests/lora tests/beam
 # The drop-ins run over the plain variant alone.
-ALSO_plain = tests/compat tests/integrations
+ALSO_plain = tests/test_launches.py tests/compat tests/integrations
 EMULATED_RUN_asan = $(SANITIZE_RUN_address)
 test-emulated: $(VENV)/test.stamp $(VENV)/built.stamp
 	@cmake -G Ninja -S . -B $(EMULATED) -DCMAKE_INSTALL_PREFIX=$(OUT) -DFLASHKERN_ISAS=portable \

@@ -1,5 +1,6 @@
 // A launch: checks what a GPU checks, then runs the grid, one cluster after another.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <numeric>
@@ -17,6 +18,7 @@ namespace flashkern::emulator {
 namespace {
 
 std::optional<uint64_t> chosen_seed;
+std::atomic<uint64_t> launches;
 
 // Asked for at every launch: a test may change the variable between two.
 uint64_t seed() {
@@ -136,11 +138,15 @@ void seed_schedule() {
 
 void set_seed(uint64_t value) { chosen_seed = value; }
 
+// For tests: kernels launched so far.
+extern "C" __attribute__((visibility("default"))) uint64_t fk_launches() { return launches; }
+
 void run(const void* kernel, const Shape& shape, void (*call)(const void*), const void* context) {
   static std::mutex one_at_a_time;
   static Group group;
   const std::lock_guard lock(one_at_a_time);
   check(kernel, shape);
+  ++launches;
   seed_schedule();
   race::start_launch();
   machine.group = &group;

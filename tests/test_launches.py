@@ -1,0 +1,83 @@
+"""How many kernels a call launches, where the emulator counts them."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import flashkern as fk
+from flashkern import _ops
+
+
+@pytest.fixture
+def launched(backend: str) -> Callable[..., int]:
+    """Calls a function; returns the launches that it cost."""
+    if backend != "emulated":
+        pytest.skip("nobody counts launches")
+    count = ctypes.CDLL(str(_ops.LIBRARY)).fk_launches
+    count.restype = ctypes.c_uint64
+
+    def run(function: Callable[..., Any], *args: Any, **options: Any) -> int:
+        before = count()
+        function(*args, **options)
+        return count() - before
+
+    return run
+
+
+def heads(*shape: int) -> list[torch.Tensor]:
+    batch, rows, keys = shape
+    return [torch.randn(batch, n, size, 32) for n, size in ((4, rows), (2, keys), (2, keys))]
+
+
+def test_attention(launched: Callable[..., int]) -> None:
+    assert launched(fk.attention, *heads(2, 70, 90), causal=True) == 1
+    assert launched(fk.attention, *heads(2, 1, 90)) == 1
+    assert launched(fk.attention, *heads(1, 1, 2000)) == 2  # splits of the keys, and their merge
+
+
+def test_attention_varlen(launched: Callable[..., int]) -> None:
+    starts = torch.tensor([0, 5, 5, 90], dtype=torch.int32)
+    packed = [torch.randn(90, n, 32) for n in (4, 2, 2)]
+    assert launched(fk.attention_varlen, *packed, starts, starts, 85, 85, causal=True) == 1
+
+
+def test_attention_kvcache(launched: Callable[..., int]) -> None:
+    query, *cache = heads(2, 1, 90)
+    lengths, new = torch.tensor([3, 80]), torch.randn(2, 2, 1, 32)
+    assert launched(fk.attention_kvcache, query, *cache, cache_lengths=lengths) == 1
+    options = {"cache_lengths": lengths, "k": new, "v": new}
+    assert launched(fk.attention_kvcache, query, *cache, **options) == 2  # the append, apart
+
+
+def test_attention_backward(launched: Callable[..., int]) -> None:
+    query, key, value = (t.requires_grad_() for t in heads(2, 70, 90))
+    loss = fk.attention(query, key, value, causal=True).sum()
+    assert launched(loss.backward) == 2  # delta; dQ, dK and dV
+    sinks = torch.randn(4, requires_grad=True)
+    loss = fk.attention(query, key, value, causal=True, sinks=sinks).sum()
+    assert launched(loss.backward) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_lora_decode(launched: Callable[..., int], rows: int) -> None:
+    x, weight = (torch.randn(n, 64).bfloat16() for n in (rows, 96))
+    a, b = torch.randn(8, 64), torch.randn(96, 8)
+    assert launched(fk.lora_linear, x, weight, a, b) == 1
+
+
+@pytest.mark.parametrize("adapters", [1, 30])
+def test_lora_of_several_adapters(launched: Callable[..., int], adapters: int) -> None:
+    """However many: the rows' order, h, and y."""
+    x, weight = (torch.randn(n, 64).bfloat16() for n in (70, 96))
+    a, b = torch.randn(adapters, 8, 64), torch.randn(adapters, 96, 8)
+    ids = torch.arange(70) % (adapters + 1) - 1
+    assert launched(fk.lora_linear_multi, x, weight, a, b, ids) == 3
+
+
+def test_beam_topk(launched: Callable[..., int]) -> None:
+    for beams, vocab in ((1, 50), (4, 5000), (64, 900)):
+        logits = torch.randn(2, beams, vocab)
+        assert launched(fk.beam_topk, logits, torch.zeros(2, beams), 2 * beams) == 1
