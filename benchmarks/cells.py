@@ -132,9 +132,10 @@ def limits(roof: Roof) -> str:
             f"{roof.memory / 1e9:.0f} GB/s in a copy of {sizes[-1] / 2**30:.2g} GiB (read and "
             f"written), {1e6 * roof.call:.1f} us for a call of nothing"
         )
+    pairs = f" ({roof.bf16 / 1e9:.0f} of bfloat16)" if roof.bf16 > roof.fma else ""
     return (
-        f"{threads(roof.threads)}: "
-        f"{roof.fma / 1e9:.0f} GFLOP/s of multiply-adds, {roof.gemm / 1e9:.0f} GFLOP/s in torch's "
+        f"{threads(roof.threads)}: {roof.fma / 1e9:.0f} GFLOP/s of multiply-adds{pairs}, "
+        f"{roof.gemm / 1e9:.0f} GFLOP/s in torch's "
         f"matrix product, {roof.read[sizes[-1]] / 1e9:.1f} GB/s read from memory, "
         f"{roof.read[sizes[0]] / 1e9:.0f} GB/s from cache"
     )

@@ -122,6 +122,10 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
         fontsize=8,
         color=INK,
     )
+    if roof.bf16 > roof.fma:
+        axes.axhline(roof.bf16 / 1e9, color=INK, linewidth=1, linestyle="--")
+        text = f"bfloat16 in pairs, {roof.bf16 / 1e9:.0f} GFLOP/s"
+        axes.text(right, roof.bf16 / 1e9 * 1.06, text, ha="right", fontsize=8, color=INK)
     if not roof.gpu:
         axes.axhline(roof.gemm / 1e9, color=INK, linewidth=0.8, linestyle=":")
         text = f"torch's matrix product, {roof.gemm / 1e9:.0f}"
@@ -142,7 +146,12 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
     for mode in dict.fromkeys(row.info["mode"] for row in rows):
         axes.plot([], [], _MARKS.get(mode, "o"), color="#adb5bd", label=mode)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(None, roof.fma / 1e9 * 1.5))
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(left, right),
+        ylim=(None, max(roof.fma, roof.bf16) / 1e9 * 1.5),
+    )
     axes.set(xlabel="FLOPs for each byte of inputs and outputs", ylabel="GFLOP/s")
     axes.set_title(f"{operator}: roofline{_on(roof)}")
     return figure

@@ -142,7 +142,7 @@ def _row(case: str, entries: list[dict[str, Any]], roofs: dict[int, Roof]) -> Ro
     )
     roof = roofs.get(row.info["threads"])
     if roof is not None and row.info["bytes"]:
-        row.limit = roof.least_seconds(row.info["flops"], row.info["bytes"])
+        row.limit = roof.least_seconds(row.info["flops"], row.info["bytes"], row.info["dtype"])
     return row
 
 

@@ -1,6 +1,7 @@
 """The limits of this machine, measured in the run whose results they judge.
 
 fma    multiply-adds in registers, nothing else: no float32 kernel can do more FLOP/s.
+bf16   the same with pairs of bfloat16, where the CPU multiplies those; else it is fma.
 read   reading a working set of a given size and adding it up: what a kernel that reads every byte
        once can reach. A set that fits a cache is read at the cache's speed.
 gemm   torch's float32 matrix product of 1536 x 1536: what a tuned library makes of the fma limit.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+import flashkern
 from benchmarks.clock import Clock
 from flashkern import _host
 
@@ -37,6 +39,7 @@ class Roof:
     read: dict[int, float] = field(default_factory=dict)
     gpu: bool = False  # then `fma` is `gemm`, `read` is a copy's bandwidth, and `threads` is 0
     call: float = 0.0  # seconds that the clock shows for a call that does nothing
+    bf16: float = 0.0  # of bfloat16 in pairs; 0 where that is no faster
 
     @property
     def memory(self) -> float:
@@ -54,11 +57,14 @@ class Roof:
                 return self.read[low] ** (1 - part) * self.read[high] ** part
         return self.read[sizes[-1]]
 
-    def least_seconds(self, flops: float, size: float) -> tuple[float, str]:
+    def least_seconds(self, flops: float, size: float, dtype: str = "f32") -> tuple[float, str]:
         """The least time for that much work, and the limit that sets it, by its name above."""
-        compute, memory = flops / self.fma, size / self.read_at(int(size))
-        names = ("gemm", "copy") if self.gpu else ("fma", "read")
-        return (compute, names[0]) if compute >= memory else (memory, names[1])
+        pairs = dtype == "bf16" and self.bf16 > self.fma
+        memory = size / self.read_at(int(size))
+        compute = flops / (self.bf16 if pairs else self.fma)
+        if self.gpu:
+            return (compute, "gemm") if compute >= memory else (memory, "copy")
+        return (compute, "bf16" if pairs else "fma") if compute >= memory else (memory, "read")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +72,7 @@ class Roof:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Roof:
         read = {int(size): speed for size, speed in data["read"].items()}
-        more = {name: data[name] for name in ("gpu", "call") if name in data}
+        more = {name: data[name] for name in ("gpu", "call", "bf16") if name in data}
         return Roof(data["threads"], data["fma"], data["gemm"], read, **more)
 
 
@@ -91,7 +97,9 @@ def measure(threads: int, seconds: float = 1.5) -> Roof:
     part = seconds / 4
     sizes = [size for size in READ_BYTES if size >= 1024 * threads]
     read = {size: _host.read_peak(size, threads, 2 * part / len(sizes)) for size in sizes}
-    return Roof(threads, _host.fma_peak(threads, part), _gemm(threads, part), read)
+    fma, pairs = (_host.fma_peak(threads, part / 2, pairs=pairs) for pairs in (False, True))
+    bf16 = pairs if flashkern.cpu_isa() == "avx512_bf16" else 0.0
+    return Roof(threads, fma, _gemm(threads, part), read, bf16=bf16)
 
 
 def _product(clock: Clock, device: str, n: int) -> float:
@@ -123,4 +131,5 @@ def best(one: Roof, other: Roof) -> Roof:
     """The higher of two measurements of the same machine, limit by limit."""
     read = {size: max(one.read[size], other.read[size]) for size in one.read}
     fma, gemm = max(one.fma, other.fma), max(one.gemm, other.gemm)
-    return Roof(one.threads, fma, gemm, read, one.gpu, min(one.call, other.call))
+    call, bf16 = min(one.call, other.call), max(one.bf16, other.bf16)
+    return Roof(one.threads, fma, gemm, read, one.gpu, call, bf16)

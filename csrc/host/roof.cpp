@@ -42,14 +42,15 @@ void check_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("roof: threads must be at least 1");
 }
 
-double fma_peak(int threads, double seconds) {
+double fma_peak(int threads, double seconds, bool pairs) {
   check_threads(threads);
+  const double flops_of_lane = pairs && active_isa() == Isa::kAvx512Bf16 ? 4 : 2;
   pybind11::gil_scoped_release release;
   std::vector<float> sinks(threads * 16);  // a cache line each
   const auto run = [&](int64_t rounds) {
     return timed_together(
         threads, [](int) {},
-        [&](int t) { fma_loop(FmaParams{rounds, &sinks[t * 16]}, Threads{}); });
+        [&](int t) { fma_loop(FmaParams{rounds, &sinks[t * 16], pairs}, Threads{}); });
   };
   int64_t rounds = 1 << 16;
   double best = 0.0;
@@ -61,7 +62,7 @@ double fma_peak(int threads, double seconds) {
       rounds *= 2;  // too short to hide the threads' start
       continue;
     }
-    const double flops = 2.0 * kFmaChains * isa_lanes(active_isa()) * rounds * threads;
+    const double flops = flops_of_lane * kFmaChains * isa_lanes(active_isa()) * rounds * threads;
     best = std::max(best, flops / took);
   }
   return best;
@@ -98,9 +99,11 @@ double read_peak(int64_t bytes, int threads, double seconds) {
 
 FK_HOST_BINDINGS(roof)(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def(
-      "fma_peak", &flashkern::fma_peak, py::arg("threads"), py::arg("seconds") = 0.2,
-      "Best float32 FLOP/s of a loop of multiply-adds in registers, on `threads` threads at once.");
+  m.def("fma_peak", &flashkern::fma_peak, py::arg("threads"), py::arg("seconds") = 0.2,
+        py::arg("pairs") = false,
+        "Best FLOP/s of a loop of multiply-adds in registers, on `threads` threads at once: of "
+        "float32, "
+        "or of bfloat16 pairs where the ISA in use has them.");
   m.def("read_peak", &flashkern::read_peak, py::arg("bytes"), py::arg("threads"),
         py::arg("seconds") = 0.2,
         "Best bytes/s of reading a working set of `bytes` bytes, split over `threads` threads.");

@@ -11,6 +11,7 @@ namespace flashkern {
 struct FmaParams {
   int64_t rounds;  // of kFmaChains vector multiply-adds
   float* sink;     // one float: keeps the compiler from dropping the loop
+  bool pairs;      // of bfloat16 pairs, two in a lane, where the ISA has them
 };
 
 struct ReadParams {

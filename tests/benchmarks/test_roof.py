@@ -32,6 +32,10 @@ def test_the_limit_is_the_slower_of_two():
     assert limits.read_at(1 << 21) == pytest.approx(2e9)
     assert limits.least_seconds(1e9, 1 << 22) == (pytest.approx(1.0), "fma")
     assert limits.least_seconds(1.0, 1 << 22) == (pytest.approx((1 << 22) / 1e9), "read")
+    assert limits.least_seconds(1e9, 1 << 22, "bf16") == (pytest.approx(1.0), "fma")
+    limits.bf16 = 2e9
+    assert limits.least_seconds(1e9, 1 << 22, "bf16") == (pytest.approx(0.5), "bf16")
+    assert limits.least_seconds(1e9, 1 << 22, "f16") == (pytest.approx(1.0), "fma")
     assert Roof.from_dict(limits.as_dict()) == limits
 
 

@@ -11,18 +11,25 @@
 
 namespace flashkern::FK_ISA {
 
-void fma_loop(const FmaParams& p, const Threads&) {
+template <bool kPairs>
+void multiply_loop(const FmaParams& p) {
   VecF chains[kFmaChains];
   for (int i = 0; i < kFmaChains; ++i) chains[i] = broadcast(1.0f + static_cast<float>(i));
   const VecF a = broadcast(0.999f);
   const VecF b = broadcast(0.001f);
   for (int64_t round = 0; round < p.rounds; ++round) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kFmaChains; ++i) chains[i] = fma(chains[i], a, b);
+    for (int i = 0; i < kFmaChains; ++i) {
+      chains[i] = kPairs ? multiply_pairs(a, b, chains[i]) : fma(chains[i], a, b);
+    }
   }
   float sum = 0.0f;
   for (const VecF& chain : chains) sum += reduce_add(chain);
   *p.sink = sum;
+}
+
+void fma_loop(const FmaParams& p, const Threads&) {
+  p.pairs&& kMultipliesPairs ? multiply_loop<kMultipliesPairs>(p) : multiply_loop<false>(p);
 }
 
 void read_loop(const ReadParams& p, const Threads&) {
