@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashkern import _attention_args, _host
 from flashkern._checks import dtype_name
-from flashkern._ops import BACKEND, ops
+from flashkern._ops import BACKEND, cpu_isa, ops
 from flashkern.explain import planner
 from flashkern.sdpa import with_dims
 
@@ -38,6 +38,8 @@ def _attention_facts(
         why = f"{few}, at most {limit}: the cache is streamed"
     else:
         why = f"{few}, more than {limit}: products of tiles"
+        plan["pairs"] = query.dtype == torch.bfloat16 and cpu_isa() == "avx512_bf16"
+        why += ", of bfloat16 in pairs" if plan["pairs"] else ""
     return {**plan, "why": why}
 
 

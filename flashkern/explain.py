@@ -89,7 +89,8 @@ class Plan:
 def planner(operator: str) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., Any]]:
     """Registers the function that plans ``operator``; it takes the operator's own arguments.
 
-    It returns a dictionary with ``kernel``, ``why``, ``flops``, ``bytes``; all else is the tile.
+    It returns a dictionary with ``kernel``, ``why``, ``flops``, ``bytes``, perhaps ``pairs`` (it
+    multiplies bfloat16 in pairs); all else is the tile.
     """
 
     def register(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -100,9 +101,12 @@ def planner(operator: str) -> Callable[[Callable[..., dict[str, Any]]], Callable
 
 
 @cache
-def machine_limits(threads: int) -> tuple[float, float]:
-    """This machine's float32 FLOP/s and bytes read per second, measured for a tenth of a second."""
-    flops = _host.fma_peak(threads, 0.05)
+def machine_limits(threads: int, pairs: bool = False) -> tuple[float, float]:
+    """This machine's FLOP/s and bytes read per second, measured for a tenth of a second.
+
+    ``pairs``: of bfloat16 in pairs, in place of float32.
+    """
+    flops = _host.fma_peak(threads, 0.05, pairs=pairs)
     return flops, _host.read_peak(128 << 20, threads, 0.05)
 
 
@@ -146,7 +150,10 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
         facts["why"] = f"this build has no CUDA kernels; one that has: {facts['why']}"
     device = "cuda" if on_gpu else _ops.BACKEND or "cpu"
     threads = torch.get_num_threads() if device == "cpu" else 0
-    peak_flops, peak_bytes = machine_limits(threads) if device == "cpu" else (None, None)
+    peak_flops = peak_bytes = None
+    pairs = facts.pop("pairs", False)
+    if device == "cpu":
+        peak_flops, peak_bytes = machine_limits(threads, pairs)
     return Plan(
         operator=name,
         kernel=facts.pop("kernel"),

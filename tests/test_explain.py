@@ -23,6 +23,14 @@ def test_attention_prefill_and_decode() -> None:
     assert "why" in str(step) and "limit  memory" in str(step)
 
 
+def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_does(isa: str) -> None:
+    q = torch.randn(1, 2, 256, 64)
+    plain, half = (fk.explain(fk.attention, t, t, t) for t in (q, q.bfloat16()))
+    assert ("pairs" in half.why) == (isa == "avx512_bf16") and "pairs" not in plain.why
+    assert plain.peak_flops is not None and half.peak_flops is not None
+    assert half.peak_flops >= 0.5 * plain.peak_flops
+
+
 def test_lora_and_beam() -> None:
     x, w = torch.randn(5, 64), torch.randn(32, 64)
     plan = fk.explain(fk.lora_linear, x, w, torch.randn(8, 64), torch.randn(32, 8))
