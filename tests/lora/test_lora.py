@@ -36,12 +36,17 @@ SHAPES = [
     (17, 300, 129, 8),
     (5, 37, 53, 3),
     (7, 255, 257, 8),
+    (5, 40, 24, 3),
+    (97, 40, 64, 4),  # rows of whole 16-byte chunks, of less than a block
+    (97, 100, 64, 4),  # and of one matrix alone
     (97, 256, 512, 16),
     (96, 300, 31, 64),
     (211, 97, 101, 13),
+    (256, 64, 256, 4),  # whole blocks of the GPU kernels, two by two
     (257, 24, 40, 4),  # two parts of rows, and one row more
     (400, 64, 48, 8),
     (700, 513, 300, 5),
+    (1100, 16, 128, 4),  # more than one band of blocks
     (3300, 24, 40, 4),  # segments of more than one block
 ]
 

@@ -76,6 +76,20 @@ def test_an_unused_adapter_gets_a_zero_gradient(backend: str) -> None:
     assert a.grad[0].ne(0).any() and b.grad[2].ne(0).any()
 
 
+def test_every_row_has_an_adapter_of_its_own(backend: str, base: str) -> None:
+    """As many adapters as fill the last line of what the GPU kernels note of them."""
+    x, weight, a, b, _ = make(64, 64)
+    a.requires_grad_(), b.requires_grad_()
+    ids = torch.arange(64).flip(0)
+    y = fk.lora_linear_multi(x, weight, a, b, ids)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    h = torch.einsum("ni,nri->nr", x, a.detach()[ids])
+    dh = torch.einsum("no,nor->nr", grad, b.detach()[ids])
+    torch.testing.assert_close(b.grad[ids], grad[:, :, None] * h[:, None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.grad[ids], dh[:, :, None] * x[:, None], rtol=1e-4, atol=1e-4)
+
+
 def test_ids_in_the_shape_of_the_leading_dimensions(backend: str) -> None:
     x, weight, a, b, ids = make(24, 3)
     flat = fk.lora_linear_multi(x, weight, a, b, ids)
