@@ -1,5 +1,6 @@
 """How a call reaches an operator: the shortest way that records what must be recorded."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,15 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+
+
+_PLACE = re.compile(r"^\w+, \S+:\d+, ")  # of a check in the C++ sources, before its text
+
+
+def reworded(error: RuntimeError) -> RuntimeError:
+    """An adapter's error without the place in the sources that torch's checks put first."""
+    text = _PLACE.sub("", str(error))
+    return error if type(error) is not RuntimeError or text == str(error) else RuntimeError(text)
 
 
 def _refuse_other_derivatives(name: str, arguments: tuple[Any, ...]) -> None:
@@ -64,9 +74,12 @@ def register_autograd(
             _refuse_other_derivatives(name, arguments)
         if _is_compiling() or _functorch_active():
             return op(*arguments)
-        if _is_grad_enabled() and _any_requires_grad(*arguments):
-            return op(*arguments) if has_torch_function(arguments) else node.apply(*arguments)
-        with _below_autograd():
-            return run(*arguments)
+        try:
+            if _is_grad_enabled() and _any_requires_grad(*arguments):
+                return op(*arguments) if has_torch_function(arguments) else node.apply(*arguments)
+            with _below_autograd():
+                return run(*arguments)
+        except RuntimeError as error:
+            raise reworded(error) from None
 
     return call

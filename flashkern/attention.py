@@ -18,6 +18,7 @@ from flashkern import _attention_args as args
 from flashkern._attention_args import Window
 from flashkern._attention_ops import APPEND, forward, needs_grad
 from flashkern._checks import check, check_device, check_tensor
+from flashkern._dispatch import reworded
 
 
 def attention(
@@ -209,7 +210,11 @@ def _append(
         if cache.stride(3) != 1:
             must = "have a contiguous last dimension"
             check(False, op, f"{name}_cache", must, f"strides {cache.stride()}")
-    APPEND(k_cache, v_cache, args.contiguous_last(k), args.contiguous_last(v), lengths, pages)
+    k, v = args.contiguous_last(k), args.contiguous_last(v)
+    try:
+        APPEND(k_cache, v_cache, k, v, lengths, pages)
+    except RuntimeError as error:
+        raise reworded(error) from None
     return lengths + rows
 
 

@@ -173,6 +173,8 @@ def _sdpa(
         reason = reason_for_torch(query, key, value, attn_mask, options.get("enable_gqa", False))
         if reason is None and attn_mask is not None and is_causal:
             reason = "a mask and is_causal are both given"
+        if reason is None and dropout_p >= 1:
+            reason = f"dropout_p is {dropout_p}"
         if reason is None:
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, options.get("scale"))
         _log.debug("scaled_dot_product_attention: torch's own kernel runs: %s", reason)

@@ -185,7 +185,7 @@ def test_merge_where_every_part_is_empty(dtype: torch.dtype) -> None:
 def test_lengths_outside_the_cache_are_refused(length: int, appended: bool) -> None:
     query, cache = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 16, 32)
     new = {"k": query, "v": query} if appended else {}
-    with pytest.raises(RuntimeError, match="cache"):
+    with pytest.raises(RuntimeError, match="^attention: cache_lengths must"):
         fk.attention_kvcache(
             query, cache, cache.clone(), cache_lengths=torch.tensor([length]), **new
         )

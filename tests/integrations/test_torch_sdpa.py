@@ -166,6 +166,12 @@ def test_the_gradient_of_a_float_mask(enabled: None, calls: list) -> None:
     torch.testing.assert_close(got, on_torch(mask_gradient))
 
 
+def test_dropout_of_everything_is_torchs(enabled: None, calls: list) -> None:
+    query = torch.randn(1, 2, 4, 32)
+    assert not F.scaled_dot_product_attention(query, query, query, dropout_p=1.0).any()
+    assert not calls
+
+
 def test_dropout_follows_the_seed_and_keeps_the_mean(enabled: None, calls: list) -> None:
     query, key = draw(1, 1, 1, 8), draw(1, 1, 64, 8)
     value = torch.ones(1, 1, 64, 8)
