@@ -93,6 +93,20 @@ def _label_some(axes: Any, points: list[tuple[float, float, str]]) -> None:
         )
 
 
+def _compute_limits(axes: Any, roof: Roof, right: float) -> None:
+    """The roofs of a roofline, each named at the right end."""
+    limits = [("cuBLAS" if roof.gpu else "multiply-adds", roof.fma, "-")]
+    if roof.bf16 > roof.fma:
+        limits.append(("bfloat16 in pairs", roof.bf16, "--"))
+    if not roof.gpu:
+        limits.append(("torch's matrix product", roof.gemm, ":"))
+    for name, rate, line in limits:
+        axes.axhline(rate / 1e9, color=INK, linewidth=1, linestyle=line)
+        place = rate / 1e9 * (1.06 if rate > roof.gemm else 1 / 1.2)
+        text = f"{name}, {rate / 1e9:.0f} GFLOP/s"
+        axes.text(right, place, text, ha="right", fontsize=8, color=INK)
+
+
 def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
     """FLOP/s over FLOPs per byte under the machine's limits; a thin line leads to the best peer."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
@@ -113,23 +127,7 @@ def _roofline(run: Run, rows: list[Row], operator: str) -> Any:
                 fontsize=8,
                 color=INK,
             )
-    axes.axhline(roof.fma / 1e9, color=INK, linewidth=1)
-    axes.text(
-        right,
-        roof.fma / 1e9 * 1.06,
-        f"{'cuBLAS' if roof.gpu else 'multiply-adds'}, {roof.fma / 1e9:.0f} GFLOP/s",
-        ha="right",
-        fontsize=8,
-        color=INK,
-    )
-    if roof.bf16 > roof.fma:
-        axes.axhline(roof.bf16 / 1e9, color=INK, linewidth=1, linestyle="--")
-        text = f"bfloat16 in pairs, {roof.bf16 / 1e9:.0f} GFLOP/s"
-        axes.text(right, roof.bf16 / 1e9 * 1.06, text, ha="right", fontsize=8, color=INK)
-    if not roof.gpu:
-        axes.axhline(roof.gemm / 1e9, color=INK, linewidth=0.8, linestyle=":")
-        text = f"torch's matrix product, {roof.gemm / 1e9:.0f}"
-        axes.text(right, roof.gemm / 1e9 / 1.2, text, ha="right", fontsize=8, color=INK)
+    _compute_limits(axes, roof, right)
     points = []
     for row, x in zip(rows, intensity, strict=True):
         y = row.info["flops"] / row.seconds[FLASHKERN] / 1e9
