@@ -35,6 +35,12 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
       "SymInt max_seqlen_k, int alignment, int window_left, int window_right, float scale, "
       "float softcap, float dropout_p) -> (Tensor output, Tensor lse)");
   m.def(
+      "attention_beams(Tensor query, Tensor key, Tensor value, Tensor? bias, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor kv_lengths, Tensor? page_table, Tensor? seed, "
+      "Tensor? beam_table, Tensor? shared_k, Tensor? shared_v, Tensor? shared_lengths, "
+      "int alignment, int window_left, int window_right, float scale, float softcap, "
+      "float dropout_p) -> (Tensor output, Tensor lse)");
+  m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, "
       "Tensor value, Tensor output, Tensor lse, Tensor? bias, Tensor? alibi_slopes, "
       "Tensor? sinks, Tensor? kv_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -69,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CompositeExplicitAutograd, m) {
 #if !defined(FK_EMULATED_KERNELS)
 STABLE_TORCH_LIBRARY_IMPL(flashkern, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward));
+  m.impl("attention_beams", TORCH_BOX(&flashkern::attention_beams));
   m.impl("attention_backward", TORCH_BOX(&flashkern::attention_backward));
   m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv));
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk));
@@ -88,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashkern, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&flashkern::attention_backward));
   m.impl("attention_append_kv", TORCH_BOX(&flashkern::attention_append_kv));
   m.impl("attention_forward", TORCH_BOX(&flashkern::attention_forward));
+  m.impl("attention_beams", TORCH_BOX(&flashkern::attention_beams));
   m.impl("beam_topk", TORCH_BOX(&flashkern::beam_topk));
   m.impl("lora_linear", TORCH_BOX(&flashkern::lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&flashkern::lora_linear_backward));

@@ -171,6 +171,45 @@ def optional(
     )
 
 
+def beam_arguments(
+    op: str,
+    query: Tensor,
+    v_cache: Tensor,
+    columns: int,
+    table: Tensor | None,
+    shared_k: Tensor | None,
+    shared_v: Tensor | None,
+    lengths: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """beam_table, shared_k, shared_v and shared_lengths as a kernel takes them."""
+    batch = query.shape[0]
+    table = int_argument(op, "beam_table", table, query, (None, None, columns))
+    if table is not None and table.shape[0] * table.shape[1] != batch:
+        must = f"have shape (prompts, beams, {columns}) with query's batch of {batch} in all"
+        check(False, op, "beam_table", must, tuple(table.shape))
+    if shared_k is None or shared_v is None:
+        for name, value in (("shared_k", shared_k), ("shared_v", shared_v)):
+            if value is not None:
+                check(False, op, name, "come with the other of shared_k and shared_v", "it alone")
+        if lengths is not None:
+            check(False, op, "shared_lengths", "come with shared_k", "shared_lengths alone")
+        return table, None, None, None
+    check_matrices(op, "query shared_k shared_v", query, shared_k, shared_v, 4, "(prompts, ...)")
+    prompts = shared_k.shape[0]
+    if prompts == 0 or batch % prompts or (table is not None and prompts != table.shape[0]):
+        must = f"have a row for each prompt, of which query's batch of {batch} has the beams"
+        check(False, op, "shared_k", must, tuple(shared_k.shape))
+    kv_heads, value_dim = v_cache.shape[1], v_cache.shape[3]
+    if shared_v.shape[1] != kv_heads or shared_v.shape[3] != value_dim:
+        must = f"have v_cache's {kv_heads} heads and head_dim of {value_dim}"
+        check(False, op, "shared_v", must, tuple(shared_v.shape))
+    if dropout_p:
+        raise NotImplementedError(f"{op}: dropout_p must be 0 with shared_k, got {dropout_p}")
+    lengths = int_argument(op, "shared_lengths", lengths, query, (prompts,))
+    return table, contiguous_last(shared_k), contiguous_last(shared_v), lengths
+
+
 def _on_device(op: str, name: str, value: Any, query: Tensor) -> None:
     check_tensor(op, name, value)
     if value.device != query.device:

@@ -17,6 +17,7 @@ from flashkern._ops import ops
 FORWARD = ops.attention_forward.default
 BACKWARD = ops.attention_backward.default
 APPEND = ops.attention_append_kv.default
+BEAMS = ops.attention_beams.default
 
 # Where each tensor of attention_forward stands among its arguments.
 _QUERY, _KEY, _VALUE, _BIAS, _SLOPES, _SINKS, _LENGTHS, _CU_Q, _CU_K, _PAGES, _SEED = range(11)
@@ -43,6 +44,9 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
         packed = query.new_empty((batch, length, heads, value.shape[-1]))
         return packed.transpose(1, 2), lse
     return query.new_empty((*rows, value.shape[-1])), lse
+
+
+torch.library.register_fake("flashkern::attention_beams", _forward_fake)
 
 
 @torch.library.register_fake("flashkern::attention_backward")

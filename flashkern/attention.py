@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashkern import _attention_args as args
 from flashkern._attention_args import Window
-from flashkern._attention_ops import APPEND, forward, needs_grad
+from flashkern._attention_ops import APPEND, BEAMS, forward, needs_grad
 from flashkern._checks import check, check_device, check_tensor
 from flashkern._dispatch import reworded
 
@@ -218,6 +218,18 @@ def _append(
     return lengths + rows
 
 
+def _beams(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if needs_grad(*(a for a in arguments if isinstance(a, Tensor))):
+        raise NotImplementedError(
+            "attention_kvcache: beams have no backward pass; detach the query, or gather the keys "
+            "and call attention"
+        )
+    try:
+        return BEAMS(*arguments)
+    except RuntimeError as error:
+        raise reworded(error) from None
+
+
 def attention_kvcache(
     query: Tensor,
     k_cache: Tensor,
@@ -227,6 +239,10 @@ def attention_kvcache(
     k: Tensor | None = None,
     v: Tensor | None = None,
     page_table: Tensor | None = None,
+    beam_table: Tensor | None = None,
+    shared_k: Tensor | None = None,
+    shared_v: Tensor | None = None,
+    shared_lengths: Tensor | None = None,
     causal: bool | str = False,
     window: Window = None,
     scale: float | None = None,
@@ -252,19 +268,28 @@ def attention_kvcache(
         v: (B, Hkv, Snew, Dv), values to append.
         page_table: (B, pages of a sequence) integers: token t of sequence b lies in page
             ``page_table[b, t // page_size]`` at ``t % page_size``.
-        bias: broadcastable to (B, H, Sq, T), T the capacity of a sequence.
+        beam_table: (prompts, beams, T) integers, B = prompts * beams: token t of beam i lies in the
+            row of the prompt's beam ``beam_table[p, i, t]``, at t. Beam search then reorders this
+            table, never the cache. Appended tokens go to each beam's own row.
+        shared_k: (prompts, Hkv, S, D), the keys of each prompt, in front of its beams' own: read
+            once for all of them. The beams of a prompt then have equal cache_lengths.
+        shared_v: (prompts, Hkv, S, Dv), with ``shared_k`` or not at all.
+        shared_lengths: (prompts,) integers, tokens of each prompt; None for S.
+        bias: broadcastable to (B, H, Sq, T), T the capacity of a sequence; with ``shared_k`` to
+            (B, H, Sq, S + T), a beam's own tokens behind those that its prompt has.
 
     The other arguments are those of :func:`attention`.
 
     Returns:
-        The output, (B, H, Sq, Dv); with ``return_lse`` also lse, (B, H, Sq). Without pages and
-        without an append, differentiable like :func:`attention`.
+        The output, (B, H, Sq, Dv); with ``return_lse`` also lse, (B, H, Sq). Without pages, beams
+        and an append, differentiable like :func:`attention`.
 
     Raises:
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number, or appended tensors that require gradients.
-        RuntimeError: lengths that leave the cache, or pages that do not exist. On a GPU nothing
-            waits to look: lengths end where the cache does, and pages must exist.
+        RuntimeError: lengths that leave the cache, or pages or beams that do not exist. On a GPU
+            nothing waits to look: lengths end where the cache does, and pages and beams must exist.
+        NotImplementedError: dropout with ``shared_k``, or a gradient through beams.
 
     Example:
         >>> import torch, flashkern as fk
@@ -293,6 +318,14 @@ def attention_kvcache(
         check(False, op, "k_cache", f"have query's batch of {batch}", k_cache.shape[0])
     band = args.band(op, causal, window, own_length=True)
     scale, softcap, dropout_p = args.numbers(op, query, scale, softcap, dropout_p)
+    of_beams = beam_table is not None or shared_k is not None or shared_v is not None
+    if of_beams:
+        beams = args.beam_arguments(
+            op, query, v_cache, columns, beam_table, shared_k, shared_v, shared_lengths, dropout_p
+        )
+        columns += 0 if beams[1] is None else beams[1].shape[2]
+    elif shared_lengths is not None:
+        check(False, op, "shared_lengths", "come with shared_k", "shared_lengths alone")
     bias, slopes, sinks, _ = args.optional(
         op, query, (batch, heads, rows, columns), bias, alibi_slopes, sinks, None
     )
@@ -301,11 +334,18 @@ def attention_kvcache(
         lengths = _append(k_cache, v_cache, k, v, lengths, pages)
     elif v is not None:
         check(False, op, "v", "come with k", "v alone")
-    result = forward(
-        *args.contiguous_rows(query, k_cache, v_cache),
-        bias, slopes, sinks, lengths, None, None, pages, args.seed_for(query, dropout_p),
-        rows, columns, *band, scale, softcap, dropout_p,
-    )  # fmt: skip
+    tensors = args.contiguous_rows(query, k_cache, v_cache)
+    seed = args.seed_for(query, dropout_p)
+    if of_beams:
+        result = _beams(
+            *tensors, bias, slopes, sinks, lengths, pages, seed, *beams, *band, scale, softcap,
+            dropout_p,
+        )  # fmt: skip
+    else:
+        result = forward(
+            *tensors, bias, slopes, sinks, lengths, None, None, pages, seed, rows, columns, *band,
+            scale, softcap, dropout_p,
+        )  # fmt: skip
     return result if return_lse else result[0]
 
 

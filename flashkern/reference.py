@@ -126,6 +126,23 @@ def gather_pages(cache: Tensor, page_table: Tensor) -> Tensor:
     return pages.transpose(1, 2).flatten(2, 3)
 
 
+def gather_beams(cache: Tensor, table: Tensor) -> Tensor:
+    """(prompts * beams, heads, tokens, dim), each token from the row that the table names."""
+    rows = cache.unflatten(0, table.shape[:2])
+    index = table.long()[:, :, None, :, None].expand_as(rows)
+    return rows.gather(1, index).flatten(0, 1)
+
+
+def join_shared(shared: Tensor, own: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each prompt's tokens, (prompts, heads, S, dim), and behind them those of its beams' own."""
+    beams, room = own.shape[0] // shared.shape[0], shared.shape[2]
+    joined = torch.cat([shared.repeat_interleave(beams, 0), torch.zeros_like(own)], 2)
+    for b in range(own.shape[0]):
+        start = room if lengths is None else int(lengths[b // beams])
+        joined[b, :, start : start + own.shape[2]] = own[b]
+    return joined
+
+
 def attention_kvcache(
     query: Tensor,
     k_cache: Tensor,
@@ -135,6 +152,10 @@ def attention_kvcache(
     k: Tensor | None = None,
     v: Tensor | None = None,
     page_table: Tensor | None = None,
+    beam_table: Tensor | None = None,
+    shared_k: Tensor | None = None,
+    shared_v: Tensor | None = None,
+    shared_lengths: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The output and lse of :func:`flashkern.attention_kvcache`; the cache stays as it is."""
@@ -147,6 +168,15 @@ def attention_kvcache(
             k_cache[b, :, start : start + k.shape[2]] = k[b]
             v_cache[b, :, start : start + v.shape[2]] = v[b]
         lengths = lengths + k.shape[2]
+    if beam_table is not None:
+        k_cache, v_cache = gather_beams(k_cache, beam_table), gather_beams(v_cache, beam_table)
+    if shared_k is not None and shared_v is not None:
+        k_cache = join_shared(shared_k, k_cache, shared_lengths)
+        v_cache = join_shared(shared_v, v_cache, shared_lengths)
+        beams = len(lengths) // shared_k.shape[0]
+        sizes = torch.full_like(lengths[::beams], shared_k.shape[2])
+        sizes = sizes if shared_lengths is None else shared_lengths.long()
+        lengths = lengths + sizes.repeat_interleave(beams)
     unseen = torch.arange(k_cache.shape[2]) >= lengths.view(-1, 1, 1)
     return attention(
         query, k_cache.masked_fill(unseen.unsqueeze(-1), 0),

@@ -16,6 +16,7 @@ struct Sequence {
   int64_t q_start = 0, k_start = 0;    // first row in a packed tensor, else 0
   int64_t q_length = 0, k_length = 0;  // keys from k_length on are not seen
   int64_t offset = 0;                  // row i meets key i + offset
+  int64_t earlier = 0;                 // keys of a shared prompt, in front of these
 };
 
 // Of values: std::clamp hands on addresses, and nvcc keeps a stack for what they name.
@@ -41,9 +42,16 @@ FK_HOST_DEVICE inline Sequence sequence_of(const Problem& p, int64_t b) {
   if (p.kv_lengths != nullptr) {
     s.k_length = clamped(p.kv_lengths[b], 0, s.k_length);
   }
-  if (p.alignment != Alignment::kTopLeft) {
+  s.earlier = p.shared_keys;
+  if (p.shared_lengths != nullptr) {
+    s.earlier = clamped(p.shared_lengths[b / p.beams], 0, p.shared_keys);
+  }
+  if (p.alignment == Alignment::kTopLeft) {
+    s.offset = -s.earlier;
+  } else {
     const bool own = p.alignment == Alignment::kOwnLength;
     s.offset = (own ? s.k_length : tensor_keys) - s.q_length;
+    if (p.own_lengths != nullptr) s.offset += p.own_lengths[b * p.row_beams];
   }
   return s;
 }

@@ -62,6 +62,18 @@ struct Problem {
   const int32_t* page_table = nullptr;  // (batch, pages)
   int64_t page_table_row = 0, page_size = 0;
 
+  // Of beam search, where `beams` rows of the batch continue one prompt.
+  int64_t beams = 1;
+  const int32_t* beam_table = nullptr;  // (batch, tokens): the beam whose row holds a token
+  int64_t beam_table_row = 0;
+  int64_t shared_keys = 0;  // of the prompt, in front of these: SharedKeys
+  const int32_t* shared_lengths = nullptr;
+
+  // Of the part of a prompt's keys alone (shared_part): `batch` counts prompts, the query rows of
+  // all their beams are packed together, and so many keys of the beams' own lie behind.
+  int64_t row_beams = 1;
+  const int32_t* own_lengths = nullptr;  // (batch * row_beams,), the same for all beams of a prompt
+
   Alignment alignment = Alignment::kTopLeft;
   int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal is window_right = 0
 
@@ -77,13 +89,37 @@ struct Problem {
   const uint64_t* seed = nullptr;  // where the call runs: a captured graph draws it anew
 
   FK_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
+  // Rows of a query that read the same keys.
+  FK_HOST_DEVICE int64_t packed_rows() const { return group() * row_beams; }
+};
+
+// A prompt's keys and values, (batch / beams, kv_heads, tokens, dim), read once for all its beams.
+struct SharedKeys {
+  Matrix key, value;  // without data: there are none
 };
 
 struct ForwardParams : Problem {
+  SharedKeys shared;
   Output output;
   RowValues lse;
   float* workspace = nullptr;  // of a GPU kernel that splits the keys: gpu::attention_workspace
 };
+
+// The call's part of shared keys, as a problem of its own; merged with that of the beams' own keys.
+inline ForwardParams shared_part(const ForwardParams& whole) {
+  ForwardParams p = whole;
+  p.batch = whole.batch / whole.beams;
+  p.row_beams = whole.beams;
+  p.key = whole.shared.key;
+  p.value = whole.shared.value;
+  p.seq_k = whole.shared_keys;
+  p.kv_lengths = whole.shared_lengths;
+  p.own_lengths = whole.kv_lengths;
+  p.shared = {};
+  p.shared_keys = 0;
+  p.shared_lengths = p.beam_table = p.page_table = nullptr;
+  return p;
+}
 
 // The gradient of a bias that wants one: contiguous, float32 (float64 beside float64 inputs), zeros
 // on entry. Strides are 0 where the bias is broadcast: those elements sum up.

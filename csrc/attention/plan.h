@@ -33,7 +33,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct SequencePlan {
   bool decode = false;
-  int64_t rows = 0;        // query rows of one KV head: group * q_length, row r = (query r / group)
+  int64_t rows = 0;        // query rows of one KV head: a group's, times q_length
   int64_t task_rows = 0;   // of which one task takes so many
   int64_t row_tasks = 0;   // ceil(rows / task_rows)
   int64_t first_key = 0;   // splits count from here, a multiple of split_keys
@@ -50,7 +50,7 @@ inline int64_t decode_split_keys(int64_t head_dim, int64_t value_dim) {
 
 inline SequencePlan plan_sequence(const Problem& p, const Sequence& s) {
   SequencePlan plan;
-  plan.rows = p.group() * s.q_length;
+  plan.rows = p.packed_rows() * s.q_length;
   if (plan.rows == 0) {
     plan.splits = 0;
     return plan;

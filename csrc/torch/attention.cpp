@@ -14,26 +14,6 @@ using attention::Bias;
 using attention::BiasKind;
 using attention::Problem;
 
-// What Python has checked is not checked again; this is what would otherwise read foreign memory.
-void check_matrix(const char* name, const Tensor& t, const Tensor& query) {
-  STD_TORCH_CHECK(t.is_cpu() == query.is_cpu() && t.is_cuda() == query.is_cuda(),
-                  "attention: ", name, " must be on query's device");
-  STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "attention: ", name,
-                  " must have the dtype of query");
-  STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, "attention: ", name, " must be 3-D or 4-D");
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, "attention: ", name,
-                  " must have a contiguous last dimension");
-}
-
-const int32_t* int32_data(const char* name, const OptionalTensor& t) {
-  if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, "attention: ", name, " must be int32");
-  STD_TORCH_CHECK(t->size(t->dim() - 1) <= 1 || t->stride(t->dim() - 1) == 1, "attention: ", name,
-                  " must have a contiguous last dimension");
-  return static_cast<const int32_t*>(t->const_data_ptr());
-}
-
 // The stride of a dimension of a broadcast tensor: 0 where its size is 1.
 int64_t broadcast_stride(const Tensor& t, int64_t dim) {
   return t.size(dim) == 1 ? 0 : t.stride(dim);
@@ -208,6 +188,26 @@ attention::Output writable(const attention::Matrix& m) {
 
 }  // namespace
 
+// What Python has checked is not checked again; this is what would otherwise read foreign memory.
+void check_matrix(const char* name, const Tensor& t, const Tensor& query) {
+  STD_TORCH_CHECK(t.is_cpu() == query.is_cpu() && t.is_cuda() == query.is_cuda(),
+                  "attention: ", name, " must be on query's device");
+  STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "attention: ", name,
+                  " must have the dtype of query");
+  STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, "attention: ", name, " must be 3-D or 4-D");
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, "attention: ", name,
+                  " must have a contiguous last dimension");
+}
+
+const int32_t* int32_data(const char* name, const OptionalTensor& t) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, "attention: ", name, " must be int32");
+  STD_TORCH_CHECK(t->size(t->dim() - 1) <= 1 || t->stride(t->dim() - 1) == 1, "attention: ", name,
+                  " must have a contiguous last dimension");
+  return static_cast<const int32_t*>(t->const_data_ptr());
+}
+
 attention::Matrix matrix_of(const Tensor& t) {
   if (t.dim() == 3) return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)};
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
@@ -262,17 +262,8 @@ void fill_problem(Problem& p, const AttentionArguments& a) {
   if (a.seed.has_value()) p.seed = seed_of(*a.seed, a.query);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
-    OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t alignment, int64_t window_left,
-    int64_t window_right, double scale, double softcap, double dropout_p) {
-  attention::ForwardParams p;
-  fill_problem(p, {query, key, value, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q,
-                   cu_seqlens_k, page_table, seed, max_seqlen_q, max_seqlen_k, alignment,
-                   window_left, window_right, scale, softcap, dropout_p});
-  const bool packed = cu_seqlens_q.has_value();
+std::tuple<Tensor, Tensor> run_forward(attention::ForwardParams& p, const Tensor& query) {
+  const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t rows = query.size(packed ? 0 : 2);
   const bool wide = p.dtype == DType::kFloat64;
   const auto lse_type = wide ? ScalarType::Double : ScalarType::Float;
@@ -284,6 +275,19 @@ std::tuple<Tensor, Tensor> attention_forward(
   if (packed) clear_uncovered(p, rows, output, lse);
   if (p.batch * p.heads * rows > 0) launch(p, query);
   return {output, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, OptionalTensor kv_lengths, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t alignment, int64_t window_left,
+    int64_t window_right, double scale, double softcap, double dropout_p) {
+  attention::ForwardParams p;
+  fill_problem(p, {query, key, value, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q,
+                   cu_seqlens_k, page_table, seed, max_seqlen_q, max_seqlen_k, alignment,
+                   window_left, window_right, scale, softcap, dropout_p});
+  return run_forward(p, query);
 }
 
 void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,

@@ -22,6 +22,12 @@ struct AttentionArguments {
 
 void fill_problem(attention::Problem& p, const AttentionArguments& a);
 
+// The output and lse of a problem that is filled but for them.
+std::tuple<Tensor, Tensor> run_forward(attention::ForwardParams& p, const Tensor& query);
+
+void check_matrix(const char* name, const Tensor& t, const Tensor& query);
+const int32_t* int32_data(const char* name, const OptionalTensor& t);
+
 // A dense (batch, heads, rows, dim) tensor, or a packed (rows, heads, dim) one.
 attention::Matrix matrix_of(const Tensor& t);
 attention::Output output_of(const Tensor& t);
@@ -33,6 +39,14 @@ std::tuple<Tensor, Tensor> attention_forward(
     OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor seed,
     int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t alignment, int64_t window_left,
     int64_t window_right, double scale, double softcap, double dropout_p);
+
+// Over the caches of beams: cache rows by the table, a prompt's keys once for all its beams.
+std::tuple<Tensor, Tensor> attention_beams(
+    Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, Tensor kv_lengths, OptionalTensor page_table, OptionalTensor seed,
+    OptionalTensor beam_table, OptionalTensor shared_k, OptionalTensor shared_v,
+    OptionalTensor shared_lengths, int64_t alignment, int64_t window_left, int64_t window_right,
+    double scale, double softcap, double dropout_p);
 
 void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,
                          OptionalTensor page_table);

@@ -28,7 +28,7 @@ class DecodeRow {
   DecodeRow(const HeadView& view, int64_t row)
       : view_(view),
         problem_(*view.problem),
-        batch_(view.sequence.batch),
+        batch_(view.batch_of(row)),
         query_(view.query_of(row)),
         head_(view.head_of(row)),
         seen_(view.band.keys(query_)) {}
@@ -46,7 +46,8 @@ class DecodeRow {
       }
     }
     if (problem_.bias.kind != BiasKind::kNone) {
-      bias_row(problem_, batch_, head_, query_, begin, n, 1, spare);
+      const int64_t first = begin + view_.sequence.earlier;
+      bias_row(problem_, batch_, head_, query_, first, n, 1, spare);
       for (int64_t j = 0; j < n; ++j) s[j] += spare[j];
     }
     for (int64_t j = 0; j < seen_.begin - begin && j < n; ++j) s[j] = -kInf;
@@ -133,8 +134,8 @@ class DecodeTask {
     const float factor = query_factor(p_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t row = range_.row_begin + r;
-      const T* from = row_of<T>(p_.query, view_.sequence, view_.sequence.q_start,
-                                view_.head_of(row), view_.query_of(row));
+      const T* from = query_row<T>(p_.query, view_, view_.batch_of(row), view_.head_of(row),
+                                   view_.query_of(row));
       float* to = queries_ + r * query_row_;
       along_row<T>(p_.head_dim, [&](int64_t d, auto load_query) {
         const VectorPair x = load_query(from + d);
@@ -175,7 +176,7 @@ class DecodeTask {
     for (int64_t j = begin; j < end;) {
       auto run = rows.run(j, std::min(j + kRunRows, end));
       const T* next = run.rows;  // again, where nothing lies ahead
-      if (j + ahead < end_) next = rows.run(j + ahead, end_).rows;
+      if (j + ahead < end_) next = rows.at(j + ahead);
       fn(StreamRows<T>{run.rows, rows.row, run.end - j, next}, j);
       j = run.end;
     }

@@ -6,6 +6,9 @@
 // row, and the last one of a KV head's rows to finish merges them in order. plan.h decides all of
 // it from the shape.
 //
+// Beams that share the keys of a prompt are one set: tasks for the shared keys, with the rows of
+// all beams packed, and tasks for each beam's own keys leave parts of the same rows.
+//
 // Memory beyond inputs and outputs: O(tile) for a thread, and the parts of split rows (at most
 // kSplitRows of a KV head).
 //
@@ -13,6 +16,7 @@
 #include "attention/cpu/forward.h"
 
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "attention/cpu/decode.h"
@@ -21,12 +25,20 @@
 namespace flashkern::FK_ISA {
 namespace attention {
 
+// The rows of one sequence and the keys that they meet here: all of theirs, or of a set of beams
+// those that it shares, or a beam's own.
 struct SequenceTasks {
+  const ForwardParams* params;
   Sequence sequence;
   SequencePlan plan;
-  int64_t first_task;   // of this sequence
-  int64_t first_part;   // -1: not split
-  int64_t first_group;  // of tasks that are merged together
+  int64_t first_task;        // of this sequence
+  int64_t first_part = -1;   // of the first row; -1: rows are finished by the task
+  int64_t row_parts = 1;     // of each row
+  int64_t earlier_parts = 0; // of them, those of shared keys
+  int64_t first_group = 0;   // of tasks that are merged together
+  int64_t set = -1;          // of beams: where its shared keys stand among the sequences
+  int64_t set_tasks = 0;     // of one KV head of the set
+  bool shared = false;       // keys of the set
 };
 
 class Launch {
@@ -45,52 +57,77 @@ class Launch {
     const int64_t split = local % plan.splits;
     // The last rows see the most keys under a causal mask: they come first.
     const int64_t row_task = plan.row_tasks - 1 - local / plan.splits % plan.row_tasks;
-    const HeadView view(p_, s.sequence, local / plan.tasks_per_head());
+    const HeadView view(*s.params, s.sequence, local / plan.tasks_per_head());
 
     const int64_t begin = row_task * plan.task_rows;
     const int64_t first_key = plan.first_key + split * plan.split_keys;
-    TaskRange range{begin,
-                    std::min(begin + plan.task_rows, plan.rows),
-                    {first_key, first_key + plan.split_keys},
-                    -1,
-                    plan.splits};
-    if (s.first_part >= 0) {
-      range.first_part = s.first_part + (view.kv_head * plan.rows + begin) * plan.splits + split;
-    }
+    const TaskRange range{begin,
+                          std::min(begin + plan.task_rows, plan.rows),
+                          {first_key, first_key + plan.split_keys}};
     thread_local Scratch scratch;
     if (plan.decode) {
-      DecodeTask<T> decode(p_, view, range, scratch);
+      DecodeTask<T> decode(*s.params, view, range, scratch);
       decode.run();
-      deliver<T>(decode, view, range);
+      deliver<T>(decode, s, view, split);
     } else {
-      MatrixTask<T> matrix(p_, view, range, scratch);
+      MatrixTask<T> matrix(*s.params, view, range, scratch);
       matrix.run();
-      deliver<T>(matrix, view, range);
+      deliver<T>(matrix, s, view, split);
     }
-    if (s.first_part >= 0) {
-      const int64_t group = s.first_group + view.kv_head * plan.row_tasks + row_task;
-      if (finished_[group].fetch_add(1, std::memory_order_acq_rel) + 1 == plan.splits) {
-        merge<T>(view, range, range.first_part - split, scratch);
-      }
-    }
+    if (s.first_part >= 0) finish_task<T>(s, view, row_task, scratch);
   }
 
  private:
   int64_t plan_all() {
-    int64_t parts = 0;
-    sequences_.reserve(p_.batch);
+    if (p_.shared.key.data != nullptr) shared_ = shared_part(p_);
+    sequences_.reserve(p_.batch + (shared_ ? p_.batch / p_.beams : 0));
     for (int64_t b = 0; b < p_.batch; ++b) {
-      const Sequence sequence = sequence_of(p_, b);
-      SequenceTasks s{sequence, plan_sequence(p_, sequence), tasks_, -1, groups_};
-      if (s.plan.splits > 1) {
-        s.first_part = parts;
-        parts += p_.kv_heads * s.plan.rows * s.plan.splits;
-        groups_ += p_.kv_heads * s.plan.row_tasks;
-      }
-      tasks_ += p_.kv_heads * s.plan.tasks_per_head();
-      if (s.plan.rows > 0) sequences_.push_back(s);
+      if (shared_ && b % p_.beams == 0) plan_set(b / p_.beams);
+      if (!shared_) plan_alone(b);
     }
-    return parts;
+    return part_count_;
+  }
+
+  SequenceTasks next(const ForwardParams& p, int64_t b) {
+    const Sequence sequence = sequence_of(p, b);
+    SequenceTasks s{&p, sequence, plan_sequence(p, sequence), tasks_};
+    s.first_group = groups_;
+    tasks_ += p.kv_heads * s.plan.tasks_per_head();
+    return s;
+  }
+
+  void leave_parts(SequenceTasks& s, int64_t row_parts) {
+    s.first_part = part_count_;
+    s.row_parts = row_parts;
+    part_count_ += p_.kv_heads * s.plan.rows * row_parts;
+  }
+
+  void plan_alone(int64_t b) {
+    SequenceTasks s = next(p_, b);
+    if (s.plan.splits > 1) {
+      leave_parts(s, s.plan.splits);
+      groups_ += p_.kv_heads * s.plan.row_tasks;
+    }
+    if (s.plan.rows > 0) sequences_.push_back(s);
+  }
+
+  void plan_set(int64_t number) {
+    const auto set = static_cast<int64_t>(sequences_.size());
+    SequenceTasks shared = next(*shared_, number);
+    shared.set = set;
+    shared.shared = true;
+    shared.first_part = part_count_;
+    shared.set_tasks = shared.plan.tasks_per_head();
+    sequences_.push_back(shared);
+    for (int64_t beam = 0; beam < p_.beams; ++beam) {
+      SequenceTasks s = next(p_, number * p_.beams + beam);
+      s.set = set;
+      s.earlier_parts = shared.plan.splits;
+      leave_parts(s, s.earlier_parts + s.plan.splits);
+      sequences_[set].set_tasks += s.plan.tasks_per_head();
+      sequences_.push_back(s);
+    }
+    groups_ += p_.kv_heads;
   }
 
   const SequenceTasks& sequence_of_task(int64_t task) const {
@@ -100,32 +137,63 @@ class Launch {
     return *(after - 1);
   }
 
+  // The first part of a row of a sequence that leaves parts.
+  static int64_t part_of(const SequenceTasks& s, int64_t kv_head, int64_t row) {
+    return s.first_part + (kv_head * s.plan.rows + row) * s.row_parts;
+  }
+
   template <class T, class Task>
-  void deliver(Task& task, const HeadView& view, const TaskRange& range) {
+  void deliver(Task& task, const SequenceTasks& s, const HeadView& view, int64_t split) {
     task.for_each_row([&](int64_t row, RowState<float> state, const float* accumulated) {
-      if (range.first_part < 0) {
+      if (s.first_part < 0) {
         finish_row<T>(p_, view, row, state, accumulated);
+      } else if (s.shared) {
+        const SequenceTasks& own = sequences_[s.set + 1 + view.beam_of(row)];
+        const int64_t own_row = view.query_of(row) * view.group + row % view.group;
+        parts_.set(part_of(own, view.kv_head, own_row) + split, state, accumulated);
       } else {
-        const int64_t part = range.first_part + (row - range.row_begin) * range.part_step;
+        const int64_t part = part_of(s, view.kv_head, row) + s.earlier_parts + split;
         parts_.set(part, state, accumulated);
       }
     });
   }
 
+  // Whoever is the last of those that left parts of the same rows merges them.
   template <class T>
-  void merge(const HeadView& view, const TaskRange& range, int64_t first_part, Scratch& scratch) {
+  void finish_task(const SequenceTasks& s, const HeadView& view, int64_t row_task,
+                   Scratch& scratch) {
+    const bool alone = s.set < 0;
+    const int64_t tasks = alone ? s.plan.splits : sequences_[s.set].set_tasks;
+    const int64_t group =
+        s.first_group + (alone ? view.kv_head * s.plan.row_tasks + row_task : view.kv_head);
+    if (finished_[group].fetch_add(1, std::memory_order_acq_rel) + 1 < tasks) return;
+    if (alone) {
+      const int64_t begin = row_task * s.plan.task_rows;
+      merge<T>(s, view.kv_head, begin, std::min(begin + s.plan.task_rows, s.plan.rows), scratch);
+      return;
+    }
+    for (int64_t beam = 0; beam < p_.beams; ++beam) {
+      const SequenceTasks& own = sequences_[s.set + 1 + beam];
+      merge<T>(own, view.kv_head, 0, own.plan.rows, scratch);
+    }
+  }
+
+  template <class T>
+  void merge(const SequenceTasks& s, int64_t kv_head, int64_t begin, int64_t end,
+             Scratch& scratch) {
+    const HeadView view(p_, s.sequence, kv_head);
     scratch.reset(p_.value_dim);
     float* out = scratch.take(p_.value_dim);
-    for (int64_t row = range.row_begin; row < range.row_end; ++row) {
-      const int64_t part = first_part + (row - range.row_begin) * range.part_step;
-      const RowState<float> state = parts_.merge(part, range.part_step, out);
+    for (int64_t row = begin; row < end; ++row) {
+      const RowState<float> state = parts_.merge(part_of(s, kv_head, row), s.row_parts, out);
       finish_row<T>(p_, view, row, state, out);
     }
   }
 
   const ForwardParams& p_;
+  std::optional<ForwardParams> shared_;
   std::vector<SequenceTasks> sequences_;
-  int64_t tasks_ = 0, groups_ = 0;
+  int64_t tasks_ = 0, groups_ = 0, part_count_ = 0;
   Parts parts_;
   std::unique_ptr<std::atomic<int32_t>[]> finished_;
 };

@@ -58,8 +58,8 @@ inline void pack_queries(const HeadView& view, const PanelRows& rows, float fact
   const Problem& p = *view.problem;
   for (int v = 0; v < kPanel; v += kLanes) {
     const auto row = [&](int lane) {
-      const T* at = row_of<T>(p.query, view.sequence, view.sequence.q_start, rows.head[v + lane],
-                              rows.query[v + lane]);
+      const T* at = query_row<T>(p.query, view, rows.batch[v + lane], rows.head[v + lane],
+                                 rows.query[v + lane]);
       if constexpr (kInPairs<T>) {
         return reinterpret_cast<const BFloat16Pair*>(at);
       } else {

@@ -1,7 +1,8 @@
 // Who the query rows of a panel are. The heads of a group share keys and values, so their rows are
 // packed together, query by query: row r of a KV head is query r / group of head kv_head * group +
 // r % group. Neighbours then lie on the same diagonal, and one read of a key serves the whole
-// group.
+// group. Where beams share the keys of a prompt their rows are packed too: query by query, beam by
+// beam, head by head.
 #pragma once
 
 #include "attention/mask.h"
@@ -28,14 +29,31 @@ struct HeadView {
   const Problem* problem;
   Sequence sequence;
   Band band;
-  int64_t kv_head, group;
+  int64_t kv_head, group, beams, packed;
 
   HeadView(const Problem& p, const Sequence& s, int64_t kv_head)
-      : problem(&p), sequence(s), band(p, s), kv_head(kv_head), group(p.group()) {}
+      : problem(&p),
+        sequence(s),
+        band(p, s),
+        kv_head(kv_head),
+        group(p.group()),
+        beams(p.row_beams),
+        packed(p.packed_rows()) {}
 
-  int64_t query_of(int64_t row) const { return row / group; }
+  int64_t query_of(int64_t row) const { return row / packed; }
   int64_t head_of(int64_t row) const { return kv_head * group + row % group; }
+  int64_t beam_of(int64_t row) const { return row / group % beams; }
+  // Of queries and outputs; keys have the sequence's.
+  int64_t batch_of(int64_t row) const { return sequence.batch * beams + beam_of(row); }
 };
+
+// A query row, or one of the output.
+template <class T>
+inline const T* query_row(const Matrix& m, const HeadView& view, int64_t batch, int64_t head,
+                          int64_t query) {
+  return static_cast<const T*>(m.data) + batch * m.batch + head * m.head +
+         (view.sequence.q_start + query) * m.row;
+}
 
 template <class T>
 inline const T* row_of(const Matrix& m, const Sequence& s, int64_t start, int64_t head,
@@ -47,23 +65,38 @@ inline T* row_of(const Output& m, const Sequence& s, int64_t head, int64_t row) 
   return static_cast<T*>(m.data) + s.batch * m.batch + head * m.head + (s.q_start + row) * m.row;
 }
 
-// The keys (or values) of one KV head, contiguous or in pages.
+// The keys (or values) of one KV head, contiguous or in pages; in beam search each of them in the
+// row of the batch that the beam table names.
 template <class T>
 struct KeyRows {
   const T* data;
   int64_t row;
   const int32_t* pages = nullptr;
   int64_t page_stride = 0, page_size = 0;
+  const int32_t* beams = nullptr;
+  int64_t beam_stride = 0;  // of the data, or of the page table
 
   KeyRows(const Problem& p, const Matrix& m, const HeadView& head)
       : data(static_cast<const T*>(m.data) + head.kv_head * m.head), row(m.row) {
+    int64_t batch = head.sequence.batch;
+    if (p.beam_table != nullptr) {
+      beams = p.beam_table + batch * p.beam_table_row;
+      beam_stride = p.page_table != nullptr ? p.page_table_row : m.batch;
+      batch = batch / p.beams * p.beams;
+    }
     if (p.page_table != nullptr) {
-      pages = p.page_table + head.sequence.batch * p.page_table_row;
+      pages = p.page_table + batch * p.page_table_row;
       page_stride = m.batch;
       page_size = p.page_size;
     } else {
-      data += head.sequence.batch * m.batch + head.sequence.k_start * m.row;
+      data += batch * m.batch + head.sequence.k_start * m.row;
     }
+  }
+
+  const T* at(int64_t j) const {
+    const int64_t moved = beams == nullptr ? 0 : beams[j] * beam_stride;
+    if (pages == nullptr) return data + moved + j * row;
+    return data + pages[moved + j / page_size] * page_stride + j % page_size * row;
   }
 
   // The rows from key j on that lie one `row` apart: where they start, and where they end.
@@ -72,10 +105,16 @@ struct KeyRows {
     int64_t end;
   };
   Run run(int64_t j, int64_t end) const {
-    if (pages == nullptr) return {data + j * row, end};
-    const int64_t page = j / page_size, slot = j % page_size;
-    const int64_t page_end = (page + 1) * page_size;
-    return {data + pages[page] * page_stride + slot * row, end < page_end ? end : page_end};
+    if (pages != nullptr) {
+      const int64_t page_end = (j / page_size + 1) * page_size;
+      end = end < page_end ? end : page_end;
+    }
+    if (beams != nullptr) {
+      int64_t next = j + 1;
+      while (next < end && beams[next] == beams[j]) ++next;
+      end = next;
+    }
+    return {at(j), end};
   }
 };
 
@@ -97,6 +136,7 @@ struct PanelRows {
   int64_t first_query = 0, last_query = 0;
   alignas(64) int32_t query[kPanel];
   alignas(64) int32_t head[kPanel];
+  alignas(64) int32_t batch[kPanel];
   alignas(64) int32_t first_key[kPanel];
   alignas(64) int32_t end_key[kPanel];
 
@@ -109,6 +149,7 @@ struct PanelRows {
       const int64_t i = view.query_of(row);
       query[lane] = static_cast<int32_t>(i);
       head[lane] = static_cast<int32_t>(view.head_of(row));
+      batch[lane] = static_cast<int32_t>(view.batch_of(row));
       first_key[lane] = static_cast<int32_t>(view.band.first_key(i));
       end_key[lane] = static_cast<int32_t>(view.band.end_key(i));
     }

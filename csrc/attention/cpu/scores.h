@@ -82,7 +82,7 @@ inline void apply_alibi(float* s, int64_t begin, int64_t n, const HeadView& view
                         const PanelRows& rows) {
   alignas(64) float slope[kPanel];
   for (int lane = 0; lane < kPanel; ++lane) {
-    slope[lane] = alibi_slope(*view.problem, view.sequence.batch, rows.head[lane]);
+    slope[lane] = alibi_slope(*view.problem, rows.batch[lane], rows.head[lane]);
   }
   const int32_t shift = static_cast<int32_t>(view.band.offset - begin);
   for (int64_t v = 0; v < kPanel; v += kLanes) {
@@ -100,9 +100,11 @@ inline void apply_alibi(float* s, int64_t begin, int64_t n, const HeadView& view
 inline void apply_bias(float* s, float* tile, int64_t begin, int64_t n, const HeadView& view,
                        const PanelRows& rows) {
   const Problem& p = *view.problem;
-  const int64_t b = view.sequence.batch;
-  if (p.bias.row == 0 && (p.bias.head == 0 || p.group() == 1)) {  // one row for the whole panel
-    bias_row(p, b, rows.head[0], 0, begin, n, 1, tile);
+  begin += view.sequence.earlier;
+  const bool one_batch = p.bias.batch == 0 || p.row_beams == 1;
+  const bool one_head = p.bias.head == 0 || p.group() == 1;
+  if (p.bias.row == 0 && one_head && one_batch) {  // one row for the whole panel
+    bias_row(p, rows.batch[0], rows.head[0], 0, begin, n, 1, tile);
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t v = 0; v < kPanel; v += kLanes) {
         float* at = s + j * kPanel + v;
@@ -112,7 +114,7 @@ inline void apply_bias(float* s, float* tile, int64_t begin, int64_t n, const He
     return;
   }
   for (int lane = 0; lane < kPanel; ++lane) {
-    bias_row(p, b, rows.head[lane], rows.query[lane], begin, n, kPanel, tile + lane);
+    bias_row(p, rows.batch[lane], rows.head[lane], rows.query[lane], begin, n, kPanel, tile + lane);
   }
   for (int64_t i = 0; i < n * kPanel; i += kLanes) store(s + i, load(s + i) + load(tile + i));
 }

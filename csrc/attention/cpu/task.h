@@ -8,8 +8,6 @@ namespace flashkern::FK_ISA::attention {
 struct TaskRange {
   int64_t row_begin, row_end;
   flashkern::attention::Interval keys;
-  int64_t first_part;  // where the first row leaves its part; -1: rows are finished by the task
-  int64_t part_step;   // parts of a row
 };
 
 }  // namespace flashkern::FK_ISA::attention

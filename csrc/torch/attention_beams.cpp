@@ -1,0 +1,81 @@
+// attention_kvcache over the caches of beam search: the stable-ABI adapter.
+#include "torch/attention.h"
+#include "torch/device.h"
+
+namespace flashkern {
+namespace {
+
+using attention::ForwardParams;
+
+// The beam table of attention_kvcache, (prompts, beams, tokens).
+void set_beam_table(ForwardParams& p, const Tensor& table) {
+  STD_TORCH_CHECK(table.dim() == 3 && table.is_contiguous(),
+                  "attention: beam_table must be contiguous, (prompts, beams, tokens)");
+  p.beams = table.size(1);
+  p.beam_table = int32_data("beam_table", table);
+  p.beam_table_row = table.size(2);
+  STD_TORCH_CHECK(p.kv_lengths != nullptr && table.size(0) * p.beams == p.batch,
+                  "attention: beam_table must come with kv_lengths, and a row for each beam");
+  if (!host_readable(table)) return;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int32_t* row = p.beam_table + b * p.beam_table_row;
+    STD_TORCH_CHECK(p.kv_lengths[b] <= p.beam_table_row,
+                    "attention: beam_table must have a column for each token");
+    bool good = true;
+    for (int64_t t = 0; t < p.kv_lengths[b]; ++t) good &= row[t] >= 0 && row[t] < p.beams;
+    STD_TORCH_CHECK(good, "attention: beam_table must hold beams from 0 to ", p.beams - 1);
+  }
+}
+
+// Row b of the beams' lengths, at prompt b / beams.
+void check_shared_lengths(const ForwardParams& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t prompt = b / p.beams;
+    const int64_t length = p.shared_lengths == nullptr ? 0 : p.shared_lengths[prompt];
+    STD_TORCH_CHECK(length >= 0 && length <= p.shared_keys,
+                    "attention: shared_lengths must lie in [0, ", p.shared_keys, "], got ", length);
+    STD_TORCH_CHECK(p.kv_lengths[b] == p.kv_lengths[prompt * p.beams],
+                    "attention: cache_lengths must be equal for all beams of a prompt");
+  }
+}
+
+// The keys that the beams of a prompt share, (prompts, kv_heads, tokens, dim).
+void set_shared(ForwardParams& p, const Tensor& key, const Tensor& value,
+                const OptionalTensor& lengths, const Tensor& query) {
+  check_matrix("shared_k", key, query);
+  check_matrix("shared_v", value, query);
+  const int64_t prompts = key.size(0);
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4 && prompts > 0 && p.batch % prompts == 0 &&
+                      (p.beam_table == nullptr || p.beams == p.batch / prompts),
+                  "attention: shared_k must have a row for each prompt");
+  STD_TORCH_CHECK(key.size(1) == p.kv_heads && value.size(1) == p.kv_heads &&
+                      key.size(3) == p.head_dim && value.size(3) == p.value_dim &&
+                      key.size(2) == value.size(2) && value.size(0) == prompts,
+                  "attention: shared_k and shared_v must have the heads and dims of the cache");
+  STD_TORCH_CHECK(p.kv_lengths != nullptr && p.dropout_p == 0 && p.cu_seqlens_q == nullptr,
+                  "attention: shared_k takes cache lengths, no dropout and no cu_seqlens");
+  p.beams = p.batch / prompts;
+  p.shared = {matrix_of(key), matrix_of(value)};
+  p.shared_keys = key.size(2);
+  p.shared_lengths = int32_data("shared_lengths", lengths);
+  if (host_readable(key)) check_shared_lengths(p);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_beams(
+    Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, Tensor kv_lengths, OptionalTensor page_table, OptionalTensor seed,
+    OptionalTensor beam_table, OptionalTensor shared_k, OptionalTensor shared_v,
+    OptionalTensor shared_lengths, int64_t alignment, int64_t window_left, int64_t window_right,
+    double scale, double softcap, double dropout_p) {
+  ForwardParams p;
+  const OptionalTensor lengths = kv_lengths, none;
+  fill_problem(p, {query, key, value, bias, alibi_slopes, sinks, lengths, none, none, page_table,
+                   seed, 0, 0, alignment, window_left, window_right, scale, softcap, dropout_p});
+  if (beam_table.has_value()) set_beam_table(p, *beam_table);
+  if (shared_k.has_value()) set_shared(p, *shared_k, *shared_v, shared_lengths, query);
+  return run_forward(p, query);
+}
+
+}  // namespace flashkern
