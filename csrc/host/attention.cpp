@@ -43,7 +43,7 @@ py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int6
                             int64_t seq_k, int64_t head_dim, int64_t value_dim, bool float32,
                             int64_t packed_q, int64_t packed_k, bool plain) {
   const int32_t starts[1] = {};  // never read: the plan knows no lengths
-  Problem p;
+  ForwardParams p;
   p.dtype = float32 ? flashkern::DType::kFloat32 : flashkern::DType::kBFloat16;
   p.batch = batch;
   p.heads = heads;

@@ -1,5 +1,6 @@
 #include "torch/attention.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "attention/cpu/forward.h"
@@ -140,9 +141,9 @@ void launch_on_gpu(attention::ForwardParams& p, const Tensor& query) {
   STD_TORCH_CHECK(p.dtype != DType::kFloat64,
                   "attention: query must have dtype float32, bfloat16 or float16 on a GPU");
   constexpr int64_t kMost = 1 << 30;  // the kernels count keys, and rows of a group, in 32 bits
-  STD_TORCH_CHECK(p.seq_k < kMost && p.group() * p.seq_q < kMost, "attention: keys (", p.seq_k,
-                  ") and a group's query rows (", p.group() * p.seq_q,
-                  ") must be fewer than 2^30 on a GPU");
+  const int64_t keys = std::max(p.seq_k, p.shared_keys), rows = p.group() * p.beams * p.seq_q;
+  STD_TORCH_CHECK(keys < kMost && rows < kMost, "attention: keys (", keys,
+                  ") and a group's query rows (", rows, ") must be fewer than 2^30 on a GPU");
   if constexpr (kGpuKernels) {
     const GpuScope scope(query);
     const int64_t floats = gpu::attention_workspace(p) / static_cast<int64_t>(sizeof(float));

@@ -31,14 +31,14 @@ struct SequenceTasks {
   const ForwardParams* params;
   Sequence sequence;
   SequencePlan plan;
-  int64_t first_task;        // of this sequence
-  int64_t first_part = -1;   // of the first row; -1: rows are finished by the task
-  int64_t row_parts = 1;     // of each row
-  int64_t earlier_parts = 0; // of them, those of shared keys
-  int64_t first_group = 0;   // of tasks that are merged together
-  int64_t set = -1;          // of beams: where its shared keys stand among the sequences
-  int64_t set_tasks = 0;     // of one KV head of the set
-  bool shared = false;       // keys of the set
+  int64_t first_task;         // of this sequence
+  int64_t first_part = -1;    // of the first row; -1: rows are finished by the task
+  int64_t row_parts = 1;      // of each row
+  int64_t earlier_parts = 0;  // of them, those of shared keys
+  int64_t first_group = 0;    // of tasks that are merged together
+  int64_t set = -1;           // of beams: where its shared keys stand among the sequences
+  int64_t set_tasks = 0;      // of one KV head of the set
+  bool shared = false;        // keys of the set
 };
 
 class Launch {

@@ -99,8 +99,8 @@ class Block {
         if (w.whole_output) {
           write_output<T>(p_, plan_.rule.keep, w.sequence, shared_.rows[own], whole, sums_[m], r);
         } else {
-          const int batch = static_cast<int>(w.sequence.batch);
-          write_part(p_, part_of(p_, plan_, batch, w.kv_head, w.split, index), whole, sums_[m], r);
+          float* part = part_of(p_, plan_, w.kv_head, w.split, shared_.rows[own], index);
+          write_part(p_, part, whole, sums_[m], r);
         }
       }
     }
@@ -136,7 +136,7 @@ class Block {
   }
   FK_DEVICE void copy(KeyTile& tile, Copy& fast, const KeyRows<T>& keys, int first, int end,
                       int columns) {
-    if (kPlain || (plan_.aligned && keys.pages == nullptr)) {
+    if (kPlain || (plan_.aligned && keys.contiguous())) {
       fast(tile, first, end);
     } else {
       copy_tile(tile, keys, first, end, columns, plan_.aligned);
@@ -239,14 +239,23 @@ void launch_form(const ForwardParams& p, const ForwardPlan& plan, GpuStream stre
 }
 
 template <class T, int kDim>
-void launch_forward(const ForwardParams& p, const ForwardPlan& plan, GpuStream stream) {
+void launch_part(const ForwardParams& p, const ForwardPlan& plan, GpuStream stream) {
   if (plan.form == Form::kFew) launch_form<T, kDim, Form::kFew>(p, plan, stream);
   if (plan.form == Form::kNarrow) launch_form<T, kDim, Form::kNarrow>(p, plan, stream);
   if constexpr (has_wide(kDim, sizeof(T))) {
     if (plan.form == Form::kWide) launch_form<T, kDim, Form::kWide>(p, plan, stream);
     if (plan.form == Form::kPlain) launch_form<T, kDim, Form::kPlain>(p, plan, stream);
   }
-  if (plan.splits == 1) return;
+}
+
+template <class T, int kDim>
+void launch_forward(const ForwardParams& p, const ForwardPlan& plan, GpuStream stream) {
+  if (plan.joined) {
+    const ForwardParams shared = shared_part(p);
+    launch_part<T, kDim>(shared, plan_shared(shared, plan), stream);
+  }
+  launch_part<T, kDim>(p, plan, stream);
+  if (plan.splits == 1 && !plan.joined) return;
   const int64_t rows = p.batch * p.kv_heads * plan.split_rows;
   ptx::launch(merge<T>, {static_cast<unsigned>((rows + 3) / 4), 128}, stream, p, plan);
 }

@@ -91,8 +91,11 @@ struct ForwardPlan {
   int blocks_per_head = 0;  // of a sequence for one KV head; of a ragged batch, all its sequences
   int64_t blocks = 0;
   int split_keys = 0;
-  int splits = 1;      // at most, of any sequence
-  int split_rows = 0;  // rows of a KV head in the workspace
+  int splits = 1;       // at most, of any sequence
+  bool joined = false;  // with the keys that beams share: a launch before this one, and a merge
+  int first_part = 0;   // of these keys in the workspace, behind those of shared ones
+  int parts = 1;        // of a row in the workspace
+  int split_rows = 0;   // rows of a KV head in the workspace
   int64_t workspace_floats = 0;
 };
 
@@ -112,17 +115,19 @@ inline bool plain_scores(const Problem& p) {
 }
 
 inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_bytes) {
-  const int64_t rows = p.group() * p.seq_q;
+  const int64_t rows = p.packed_rows() * p.seq_q;
   if (rows <= 16) return Form::kFew;
   if (rows <= 64 || !has_wide(plan.dim, element_bytes)) return Form::kNarrow;
-  return plan.plain && plan.aligned && p.page_table == nullptr ? Form::kPlain : Form::kWide;
+  return plan.plain && plan.aligned && p.page_table == nullptr && p.beam_table == nullptr
+             ? Form::kPlain
+             : Form::kWide;
 }
 
 // Blocks of one KV head. A ragged batch gets room for all that its packed rows can need: so many
 // whole tiles and one more for each sequence; and the splits of those sequences that have few rows.
 // work.h says which block does what.
 inline int count_blocks(const Problem& p, ForwardPlan& plan) {
-  const int64_t rows = p.group() * p.seq_q;
+  const int64_t rows = p.packed_rows() * p.seq_q;
   const SequenceCut whole(rows, p.seq_k, plan.tile_rows, plan.split_keys);
   if (p.cu_seqlens_q == nullptr) {
     plan.splits = whole.splits;
@@ -136,7 +141,8 @@ inline int count_blocks(const Problem& p, ForwardPlan& plan) {
   return static_cast<int>(std::min(blocks, p.batch * plan.most_blocks));
 }
 
-inline ForwardPlan plan_forward(const Problem& p) {
+// The keys of one problem, before its parts of the workspace are known.
+inline ForwardPlan plan_keys(const Problem& p) {
   ForwardPlan plan;
   const int64_t dim = std::max(p.head_dim, p.value_dim);
   plan.plain = plain_scores(p);
@@ -156,10 +162,36 @@ inline ForwardPlan plan_forward(const Problem& p) {
   plan.split_rows = static_cast<int>(std::min<int64_t>(p.group() * p.seq_q, kSplitRows));
   plan.blocks_per_head = count_blocks(p, plan);
   plan.blocks = p.kv_heads * plan.blocks_per_head * (p.cu_seqlens_q == nullptr ? p.batch : 1);
-  if (plan.splits > 1) {
-    plan.workspace_floats =
-        p.batch * p.kv_heads * plan.splits * plan.split_rows * (p.value_dim + 2);
+  return plan;
+}
+
+// Parts of a row of keys that beams share, at most.
+inline int shared_parts(const ForwardParams& p) {
+  const int64_t dim = std::max(p.head_dim, p.value_dim);
+  const int64_t rows = p.group() * p.beams * p.seq_q;
+  return SequenceCut(rows, p.shared_keys, 1, split_keys(static_cast<int>(dim))).splits;
+}
+
+inline ForwardPlan plan_forward(const ForwardParams& p) {
+  ForwardPlan plan = plan_keys(p);
+  plan.joined = p.shared.key.data != nullptr;
+  if (plan.joined) {
+    plan.first_part = shared_parts(p);
+    plan.split_rows = static_cast<int>(p.group() * p.seq_q);
   }
+  plan.parts = plan.first_part + plan.splits;
+  if (plan.parts > 1) {
+    plan.workspace_floats = p.batch * p.kv_heads * plan.parts * plan.split_rows * (p.value_dim + 2);
+  }
+  return plan;
+}
+
+// The launch of the keys that beams share (shared_part), whose parts are those of `whole`.
+inline ForwardPlan plan_shared(const ForwardParams& shared, const ForwardPlan& whole) {
+  ForwardPlan plan = plan_keys(shared);
+  plan.joined = true;
+  plan.parts = whole.parts;
+  plan.split_rows = whole.split_rows;
   return plan;
 }
 

@@ -16,25 +16,27 @@ namespace flashkern::attention::sm80 {
 
 // One query row. The forward pass keeps those of a block in shared memory: registers are for sums.
 struct Row {
-  int query = 0, head = 0;
+  int query = 0, head = 0, batch = 0;
   int first_key = 0, end_key = 0;
   float slope = 0;   // of ALiBi, in units of log2
   int64_t bias = 0;  // where the row's bias starts
 };
 
 FK_DEVICE Row make_row(const Problem& p, const Sequence& s, int kv_head, int r) {
-  const int group = static_cast<int>(p.group());
+  const RowOwner owner(p, s, kv_head, r);
   const Band band(p, s);
   Row row;
-  row.query = r / group;
-  row.head = kv_head * group + r % group;
+  row.query = owner.query;
+  row.head = owner.head;
+  row.batch = owner.batch;
   row.first_key = static_cast<int>(band.first_key(row.query));
   row.end_key = static_cast<int>(band.end_key(row.query));
   if (p.alibi_slopes != nullptr) {
-    row.slope = p.alibi_slopes[s.batch * p.alibi_batch + row.head * p.alibi_head] *
+    row.slope = p.alibi_slopes[row.batch * p.alibi_batch + row.head * p.alibi_head] *
                 static_cast<float>(kLog2e);
   }
-  row.bias = s.batch * p.bias.batch + row.head * p.bias.head + row.query * p.bias.row;
+  row.bias = row.batch * p.bias.batch + row.head * p.bias.head + row.query * p.bias.row +
+             s.earlier * p.bias.column;
   return row;
 }
 

@@ -50,45 +50,75 @@ class Blocks {
   uint32_t own_;
 };
 
-// The keys (or values) of one KV head, contiguous or in pages.
+// The keys (or values) of one KV head, contiguous or in pages; in beam search each of them in the
+// row of the batch that the beam table names.
 template <class T>
 struct KeyRows {
   const T* data;
-  int64_t row, page;
+  int64_t row, batch;
   const int32_t* pages = nullptr;
-  int page_size = 1;
+  const int32_t* beams = nullptr;
+  int page_size = 1, page_row = 0;
 
   FK_DEVICE KeyRows(const Problem& p, const Matrix& m, const Sequence& s, int kv_head)
-      : data(static_cast<const T*>(m.data) + kv_head * m.head), row(m.row), page(m.batch) {
+      : data(static_cast<const T*>(m.data) + kv_head * m.head), row(m.row), batch(m.batch) {
+    int64_t first = s.batch;
+    if (p.beam_table != nullptr) {
+      beams = p.beam_table + first * p.beam_table_row;
+      first = first / p.beams * p.beams;
+    }
     if (p.page_table != nullptr) {
-      pages = p.page_table + s.batch * p.page_table_row;
+      pages = p.page_table + first * p.page_table_row;
       page_size = static_cast<int>(p.page_size);
+      page_row = static_cast<int>(p.page_table_row);
     } else {
-      data += s.batch * m.batch + s.k_start * m.row;
+      data += first * m.batch + s.k_start * m.row;
     }
   }
 
+  FK_DEVICE bool contiguous() const { return pages == nullptr && beams == nullptr; }
+
   FK_DEVICE const T* operator()(int key) const {
-    if (pages == nullptr) return data + key * row;
-    return data + pages[key / page_size] * page + key % page_size * row;
+    const int beam = beams == nullptr ? 0 : beams[key];
+    if (pages == nullptr) return data + beam * batch + key * row;
+    const int page = pages[beam * int64_t{page_row} + key / page_size];
+    return data + page * batch + key % page_size * row;
   }
 };
 
-// The query rows of one KV head: row r is query r / group of the group's head r % group.
+// Whose query a row of a KV head is: rows are packed query by query, beam by beam (where beams
+// share their keys), head by head of the group.
+struct RowOwner {
+  int batch, head, query;
+
+  FK_DEVICE RowOwner(const Problem& p, const Sequence& s, int kv_head, int r) {
+    const int group = static_cast<int>(p.group()), beams = static_cast<int>(p.row_beams);
+    batch = static_cast<int>(s.batch) * beams + r / group % beams;
+    head = kv_head * group + r % group;
+    query = r / (group * beams);
+  }
+};
+
+// The query rows of one KV head.
 template <class T>
 struct QueryRows {
   const T* data;
-  int64_t head, row;
-  int group;
+  int64_t batch, head, row;
+  int group, beams;
 
   FK_DEVICE QueryRows(const Problem& p, const Matrix& m, const Sequence& s, int kv_head)
-      : data(static_cast<const T*>(m.data) + s.batch * m.batch + s.q_start * m.row +
+      : data(static_cast<const T*>(m.data) + s.batch * p.row_beams * m.batch + s.q_start * m.row +
              kv_head * p.group() * m.head),
+        batch(m.batch),
         head(m.head),
         row(m.row),
-        group(static_cast<int>(p.group())) {}
+        group(static_cast<int>(p.group())),
+        beams(static_cast<int>(p.row_beams)) {}
 
-  FK_DEVICE const T* operator()(int r) const { return data + r % group * head + r / group * row; }
+  FK_DEVICE const T* operator()(int r) const {
+    const int rest = r / group;
+    return data + r % group * head + rest % beams * batch + rest / beams * row;
+  }
 };
 
 // Elements that do not start at a multiple of 16 bytes take the long way round.

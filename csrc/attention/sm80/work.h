@@ -33,7 +33,7 @@ struct Place {
 };
 
 FK_DEVICE SequenceCut cut_of(const Problem& p, const Sequence& s, int tile_rows, int split_keys) {
-  return SequenceCut(p.group() * s.q_length, s.k_length, tile_rows, split_keys);
+  return SequenceCut(p.packed_rows() * s.q_length, s.k_length, tile_rows, split_keys);
 }
 
 // By a whole warp, a sequence for each lane. Blocks are in descending order of their item, those of
@@ -97,17 +97,17 @@ FK_DEVICE Work find_work(const Problem& p, const ForwardPlan& plan) {
   w.sequence = sequence_of(p, place.batch);
   const SequenceCut cut = cut_of(p, w.sequence, kTileRows, kSplitKeys);
   if (place.item >= cut.blocks()) return w;
-  const int group = static_cast<int>(p.group());
+  const int packed = static_cast<int>(p.packed_rows());
   const int tile = place.item % cut.tiles;
   w.split = place.item / cut.tiles;
   w.row_begin = (ragged ? tile : cut.tiles - 1 - tile) * kTileRows;
   w.row_end = min(w.row_begin + kTileRows, cut.rows);
-  w.whole_output = cut.splits == 1;
+  w.whole_output = cut.splits == 1 && !plan.joined;
   const Interval keys =
-      Band(p, w.sequence).some_keys(w.row_begin / group, (w.row_end - 1) / group + 1);
+      Band(p, w.sequence).some_keys(w.row_begin / packed, (w.row_end - 1) / packed + 1);
   w.key_begin = static_cast<int>(keys.begin);
   w.key_end = static_cast<int>(keys.end);
-  if (!w.whole_output) {
+  if (cut.splits > 1) {
     w.key_begin = max(w.key_begin, w.split * kSplitKeys);
     w.key_end = min(w.key_end, (w.split + 1) * kSplitKeys);
   }
