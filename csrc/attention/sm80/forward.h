@@ -55,6 +55,7 @@ class Block {
   static constexpr bool kPlain = kForm == Form::kPlain;
   using Multiply = Products<T, kDim, kKeys, kStrips>;
   using KeyTile = Tile<T, kKeys, kDim>;
+  using Keys = KeyRows<T, (kForm < Form::kWide)>;  // plan.h: no wide form reads a beam table
   using Copy = TileCopy<kThreads, T, kKeys, kDim>;
 
   FK_DEVICE Block(const ForwardParams& p, const ForwardPlan& plan, Shared& shared)
@@ -134,7 +135,7 @@ class Block {
   FK_DEVICE void copy_values(int first, int end, int stage) {
     copy(shared_.values[stage], value_copy_, values_, first, end, value_dim());
   }
-  FK_DEVICE void copy(KeyTile& tile, Copy& fast, const KeyRows<T>& keys, int first, int end,
+  FK_DEVICE void copy(KeyTile& tile, Copy& fast, const Keys& keys, int first, int end,
                       int columns) {
     if (kPlain || (plan_.aligned && keys.contiguous())) {
       fast(tile, first, end);
@@ -207,7 +208,7 @@ class Block {
   const ForwardParams& p_;
   const ForwardPlan& plan_;
   Shared& shared_;
-  KeyRows<T> keys_, values_;
+  Keys keys_, values_;
   Copy key_copy_, value_copy_;
   int warp_row_;
   typename Multiply::Sums sums_ = {};

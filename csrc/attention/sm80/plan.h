@@ -23,7 +23,9 @@ FK_HOST_DEVICE constexpr int tile_keys(int row_bytes) {
 // The forms of the kernel: a block is form_warps warps of 16 form_strips query rows.
 //
 //   few      1 warp,  16 rows    two stages of keys and values: bytes in flight are all that counts
-//   narrow   4 warps, 64 rows    one stage (float32 beyond 128 columns: 2 warps, 32 rows)
+//   narrow   4 warps, 64 rows    one stage (float32 beyond 128 columns: 2 warps, 32 rows); beyond
+//   64
+//                                rows where a beam table tells where a key lies
 //   wide     4 warps, 128 rows   one stage; two strips share each key that is read from shared
 //                                memory. Half precision up to 128 columns: beyond, the sums of two
 //                                strips are more than a thread has registers
@@ -117,10 +119,9 @@ inline bool plain_scores(const Problem& p) {
 inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_bytes) {
   const int64_t rows = p.packed_rows() * p.seq_q;
   if (rows <= 16) return Form::kFew;
-  if (rows <= 64 || !has_wide(plan.dim, element_bytes)) return Form::kNarrow;
-  return plan.plain && plan.aligned && p.page_table == nullptr && p.beam_table == nullptr
-             ? Form::kPlain
-             : Form::kWide;
+  const bool narrow = rows <= 64 || !has_wide(plan.dim, element_bytes);
+  if (narrow || p.beam_table != nullptr) return Form::kNarrow;
+  return plan.plain && plan.aligned && p.page_table == nullptr ? Form::kPlain : Form::kWide;
 }
 
 // Blocks of one KV head. A ragged batch gets room for all that its packed rows can need: so many

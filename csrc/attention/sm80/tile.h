@@ -51,8 +51,8 @@ class Blocks {
 };
 
 // The keys (or values) of one KV head, contiguous or in pages; in beam search each of them in the
-// row of the batch that the beam table names.
-template <class T>
+// row of the batch that the beam table names, where kBeams allows for one.
+template <class T, bool kBeams = false>
 struct KeyRows {
   const T* data;
   int64_t row, batch;
@@ -63,7 +63,7 @@ struct KeyRows {
   FK_DEVICE KeyRows(const Problem& p, const Matrix& m, const Sequence& s, int kv_head)
       : data(static_cast<const T*>(m.data) + kv_head * m.head), row(m.row), batch(m.batch) {
     int64_t first = s.batch;
-    if (p.beam_table != nullptr) {
+    if (kBeams && p.beam_table != nullptr) {
       beams = p.beam_table + first * p.beam_table_row;
       first = first / p.beams * p.beams;
     }
@@ -76,10 +76,10 @@ struct KeyRows {
     }
   }
 
-  FK_DEVICE bool contiguous() const { return pages == nullptr && beams == nullptr; }
+  FK_DEVICE bool contiguous() const { return pages == nullptr && (!kBeams || beams == nullptr); }
 
   FK_DEVICE const T* operator()(int key) const {
-    const int beam = beams == nullptr ? 0 : beams[key];
+    const int beam = !kBeams || beams == nullptr ? 0 : beams[key];
     if (pages == nullptr) return data + beam * batch + key * row;
     const int page = pages[beam * int64_t{page_row} + key / page_size];
     return data + page * batch + key % page_size * row;
@@ -154,7 +154,8 @@ class TileCopy {
   using Shape = Tile<T, kRows, kDim>;
 
   // The first tile starts at key `first`.
-  FK_DEVICE TileCopy(const KeyRows<T>& keys, int first, int dim)
+  template <class Keys>
+  FK_DEVICE TileCopy(const Keys& keys, int first, int dim)
       : from_(keys.data + (first + row()) * keys.row + column()),
         step_(kStep * keys.row),
         dim_(dim) {}
