@@ -10,6 +10,7 @@ from torch import Tensor
 
 import flashkern
 from flashkern.integrations import _masks, _packing
+from flashkern.integrations._beam_cache import BeamLayer, BeamTensor
 from flashkern.integrations._padding import STEP, cut_head_dim, pad_head_dim
 
 
@@ -93,6 +94,10 @@ def attend(
     to (batch, heads, queries, keys); `left_window` lets a query see no further back than that many
     keys. The result is (batch, heads, queries, value_head_dim).
     """
+    if isinstance(key, BeamTensor):
+        if query.shape[2] == 1 and left_window is None and not options.get("dropout_p"):
+            return _attend_beams(query, key.layer, _merged(bias, _keep(mask)), scale, options)
+        key, value = key.dense(), value[:]
     if mask is None and left_window is None and not (causal and query.shape[2] > 1):
         return _run(query, key, value, scale=scale, bias=bias, **options)
     if isinstance(mask, _masks.Mask) and bias is None and left_window is None:
@@ -122,6 +127,52 @@ def attend(
         kv_lengths=call.lengths,
         **options,
     )
+
+
+def _keep(mask: Tensor | None) -> Tensor | None:
+    """A mask of one query for each row as a bias."""
+    if not isinstance(mask, _masks.Mask):
+        return mask
+    recipe = mask.recipe
+    if recipe.padding is not None and recipe.band == _masks.Band():
+        return recipe.padding[:, None, None, :]
+    return mask.dense()
+
+
+def _attend_beams(
+    query: Tensor, layer: BeamLayer, bias: Tensor | None, scale: float, options: dict[str, Any]
+) -> Tensor:
+    """One query of each beam over a cache of beams, where it lies."""
+    beams, tokens = layer.table.beams, layer.tokens
+    if tokens == 0:  # keys that no beam adds to: the beams are the rows of one query
+        assert layer.shared_k is not None and layer.shared_v is not None
+        if bias is not None:
+            bias = bias.expand(query.shape[0], -1, -1, -1)
+            bias = bias.unflatten(0, (-1, beams)).squeeze(3).transpose(1, 2)
+        rows = query.unflatten(0, (-1, beams)).squeeze(3).transpose(1, 2)
+        out = _run(rows, layer.shared_k, layer.shared_v, scale=scale, bias=bias, **options)
+        return out.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    batch, device = query.shape[0], query.device
+    dims = query.shape[-1], layer.own_v.shape[-1]
+    own_k, own_v = layer.own_k[:, :, :tokens], layer.own_v[:, :, :tokens]
+    shared_k, shared_v = layer.shared_k, layer.shared_v
+    if dims[0] % STEP or dims[1] % STEP:
+        query, own_k, own_v = pad_head_dim(query, own_k, own_v)
+        if shared_k is not None and shared_v is not None:
+            shared_k, shared_v = pad_head_dim(shared_k, shared_v)
+    out = flashkern.attention_kvcache(
+        query,
+        own_k,
+        own_v,
+        cache_lengths=layer.table.lengths(batch, tokens, device),
+        beam_table=layer.table.rows(tokens),
+        shared_k=shared_k,
+        shared_v=shared_v,
+        scale=scale,
+        bias=bias,
+        **options,
+    )
+    return cut_head_dim(out, dims[1])
 
 
 def _run(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flashkern.beam import beam_topk
+from flashkern.integrations._beam_cache import BeamCache
 from flashkern.integrations._prefill import prefill
 
 _log = logging.getLogger("flashkern")
@@ -240,9 +241,12 @@ def _cache_name(model_kwargs: dict[str, Any]) -> str | None:
 
 def _reorder_cache(model: Any, model_kwargs: dict[str, Any], parents: Tensor) -> None:
     name = _cache_name(model_kwargs)
-    if name is None or torch.equal(parents, torch.arange(len(parents)).to(parents)):
+    if name is None:
         return
     cache = model_kwargs[name]
+    shared = isinstance(getattr(cache, "self_attention_cache", cache), BeamCache)
+    if not shared and torch.equal(parents, torch.arange(len(parents)).to(parents)):
+        return
     if hasattr(model, "_reorder_cache"):
         model_kwargs[name] = model._reorder_cache(cache, parents)
     elif hasattr(cache, "self_attention_cache"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashkern.integrations._beam_cache import BeamCache
+
+_log = logging.getLogger("flashkern")
 
 # Model inputs with one row for each beam, and those without rows. A call with any other input runs
 # as transformers runs it.
@@ -23,8 +28,25 @@ def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, 
         input_ids[:: config.num_beams], config, shared, is_first_iteration=first
     )
     outputs.logits = outputs.logits.repeat_interleave(config.num_beams, dim=0)
-    model_kwargs["past_key_values"].batch_repeat_interleave(config.num_beams)
+    outputs.past_key_values = _expanded(model, input_ids, config, model_kwargs["past_key_values"])
     return outputs
+
+
+def _expanded(model: Any, input_ids: Tensor, config: Any, cache: Any) -> Any:
+    """The prompts' cache for all their beams: shared where attention can read it so, else copied."""
+    from transformers import EncoderDecoderCache
+
+    implementation = model.get_decoder().config._attn_implementation
+    if implementation != "fkern":
+        _log.debug("beam_search: a cache for each beam, as attention is %r", implementation)
+        cache.batch_repeat_interleave(config.num_beams)
+        return cache
+    _log.debug("beam_search: beams share the prompt's cache")
+    room = config.max_length - input_ids.shape[1]
+    if isinstance(cache, EncoderDecoderCache):
+        halves = cache.self_attention_cache, cache.cross_attention_cache
+        return EncoderDecoderCache(*(BeamCache.of(h, config.num_beams, room) for h in halves))
+    return BeamCache.of(cache, config.num_beams, room)
 
 
 def _one_beam(

@@ -28,11 +28,13 @@ from transformers import masking_utils, modeling_utils
 
 from flashkern.integrations import _masks, _patches
 from flashkern.integrations._attend import attend
+from flashkern.integrations._beam_cache import BeamCache
 from flashkern.integrations._beam_search import beam_search
 from flashkern.integrations._patches import patch, unpatch
 
 __all__ = [
     "NAME",
+    "BeamCache",
     "attention_forward",
     "attention_mask",
     "beam_search",
