@@ -105,6 +105,8 @@ def _attention_kvcache(
     v_cache: Tensor,
     *,
     page_table: Tensor | None = None,
+    shared_k: Tensor | None = None,
+    shared_v: Tensor | None = None,
     causal: bool | str = False,
     window: _attention_args.Window = None,
     **options: Any,
@@ -112,7 +114,18 @@ def _attention_kvcache(
     keys = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
     band = _attention_args.band("attention_kvcache", causal, window, own_length=False)
     options["page_table"] = page_table
-    return _attention_facts(query, k_cache, v_cache, keys, band, options)
+    own = _attention_facts(query, k_cache, v_cache, keys, band, options)
+    if shared_k is None or shared_v is None:
+        return own
+    # The part of the keys that beams share, where the rows of all beams meet; the other adds work.
+    beams = query.shape[0] // shared_k.shape[0]
+    rows = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
+    keys, whole = shared_k.shape[2], _attention_args.band("attention_kvcache", False, None, False)
+    plan = _attention_facts(rows, shared_k, shared_v, keys, whole, options)
+    plan["why"] += f"; {beams} beams share a prompt's keys"
+    for work in ("flops", "bytes"):
+        plan[work] += own[work]
+    return plan
 
 
 @planner("lora_linear")

@@ -101,3 +101,17 @@ def test_fake_tensors_of_an_absent_gpu() -> None:
     for plan in plans:
         assert plan.device == "cuda" and plan.peak_flops is None
         assert ("this build has no CUDA kernels" in plan.why) != has_kernels
+
+
+def test_beams_that_share_keys() -> None:
+    """The rows of all beams meet the shared keys; the work is that of both parts."""
+    query, own = torch.randn(8, 4, 1, 32), torch.randn(8, 2, 16, 32)
+    shared = torch.randn(2, 2, 500, 32)
+    lengths = torch.full((8,), 16)
+    alone = fk.explain("attention_kvcache", query, own, own, cache_lengths=lengths)
+    plan = fk.explain(
+        fk.attention_kvcache, query, own, own, cache_lengths=lengths, shared_k=shared,
+        shared_v=shared,
+    )  # fmt: skip
+    assert "4 beams share a prompt's keys" in plan.why and plan.tile["rows"] == 8
+    assert plan.flops == alone.flops + 2 * 8 * 4 * 500 * 64

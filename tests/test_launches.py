@@ -52,6 +52,17 @@ def test_attention_kvcache(launched: Callable[..., int]) -> None:
     assert launched(fk.attention_kvcache, query, *cache, **options) == 2  # the append, apart
 
 
+def test_attention_over_beams(launched: Callable[..., int]) -> None:
+    query, *cache = heads(6, 1, 90)
+    options: dict[str, Any] = {
+        "cache_lengths": torch.full((6,), 7),
+        "beam_table": torch.zeros(2, 3, 90, dtype=torch.int32),
+    }
+    assert launched(fk.attention_kvcache, query, *cache, **options) == 1
+    options |= {"shared_k": torch.randn(2, 2, 50, 32), "shared_v": torch.randn(2, 2, 50, 32)}
+    assert launched(fk.attention_kvcache, query, *cache, **options) == 3  # shared, own, their merge
+
+
 def test_attention_backward(launched: Callable[..., int]) -> None:
     query, key, value = (t.requires_grad_() for t in heads(2, 70, 90))
     loss = fk.attention(query, key, value, causal=True).sum()

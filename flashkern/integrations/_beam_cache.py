@@ -152,9 +152,7 @@ class BeamLayer(CacheLayerMixin):
 
     def _allocate(self, k: Tensor, v: Tensor, rows: int, room: int) -> None:
         held = self.own_k, self.own_v
-        self.own_k, self.own_v = (
-            t.new_empty((rows, t.shape[1], room, t.shape[3])) for t in (k, v)
-        )
+        self.own_k, self.own_v = (t.new_empty((rows, t.shape[1], room, t.shape[3])) for t in (k, v))
         if self.tokens:
             for grown, before in zip((self.own_k, self.own_v), held, strict=True):
                 grown[:, :, : self.tokens] = before[:, :, : self.tokens]
@@ -210,7 +208,7 @@ class BeamLayer(CacheLayerMixin):
 
 
 class BeamCache(Cache):
-    """A cache for transformers whose beams are reordered by a table and whose growth copies nothing.
+    """A cache for transformers whose beams are reordered by a table and that copies no keys.
 
     :func:`beam_search` makes one from the prompts' caches by itself where the model's attention is
     ``"fkern"``. As ``past_key_values`` of transformers' own beam search it works with any model
@@ -237,7 +235,8 @@ class BeamCache(Cache):
 
     def __init__(self, beams: int, room: int = _ROOM) -> None:
         self.table = BeamTable(beams, room)
-        super().__init__(layer_class_to_replicate=lambda: BeamLayer(self.table))  # type: ignore[arg-type]
+        layer: Any = lambda: BeamLayer(self.table)  # noqa: E731
+        super().__init__(layer_class_to_replicate=layer)
 
     @classmethod
     def of(cls, cache: Any, beams: int, room: int = _ROOM) -> BeamCache:

@@ -33,7 +33,7 @@ def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, 
 
 
 def _expanded(model: Any, input_ids: Tensor, config: Any, cache: Any) -> Any:
-    """The prompts' cache for all their beams: shared where attention can read it so, else copied."""
+    """The prompts' cache for all beams: shared where attention can read it so, else copied."""
     from transformers import EncoderDecoderCache
 
     implementation = model.get_decoder().config._attn_implementation

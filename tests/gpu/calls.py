@@ -64,6 +64,19 @@ def _paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, pages: 
     return [fk.attention_kvcache(q, k_cache, v_cache, cache_lengths=lengths, page_table=pages)]
 
 
+def _beams(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+) -> Sequence[Tensor]:
+    options = {"beam_table": table, "shared_k": shared_k, "shared_v": shared_v}
+    return [fk.attention_kvcache(q, k_cache, v_cache, cache_lengths=lengths, **options)]
+
+
 def _training(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Sequence[Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = fk.attention(*leaves, causal=True)
@@ -119,6 +132,20 @@ CALLS = [
             _half(64, 2, 16, 64),
             _random_lengths(1, 513),
             torch.randperm(64, dtype=torch.int32).view(2, 32),
+        ],
+    ),
+    Call(
+        "decode of beams",
+        ("attention_beams",),
+        _beams,
+        lambda: [
+            _half(8, 4, 1, 64),
+            _half(8, 2, 90, 64),
+            _half(8, 2, 90, 64),
+            torch.full((8,), 77, dtype=torch.int32),
+            torch.randint(4, (2, 4, 90), dtype=torch.int32),
+            _half(2, 2, 700, 64),
+            _half(2, 2, 700, 64),
         ],
     ),
     Call(

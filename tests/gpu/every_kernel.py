@@ -51,7 +51,7 @@ def attention(dtype: torch.dtype, grad: bool) -> Iterator[Sequence[Tensor]]:
 
 
 def decode(dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
-    """One query over few keys and over enough to be split, in one piece and in pages."""
+    """One query over few keys and over enough to be split, in one piece, in pages, by beams."""
     for tokens in (50, 6000):
         cache = [draw(2, 2, tokens + 8, 64, dtype=dtype) for _ in range(2)]
         lengths = torch.tensor([tokens, tokens // 3], dtype=torch.int32)
@@ -61,6 +61,13 @@ def decode(dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
     table = torch.randperm(40, dtype=torch.int32).view(2, 20)
     lengths = torch.tensor([300, 17], dtype=torch.int32)
     yield [fk.attention_kvcache(q, *pages, cache_lengths=lengths, k=k, v=v, page_table=table)]
+    beams: dict[str, Tensor] = {
+        "cache_lengths": torch.full((2,), 90, dtype=torch.int32),
+        "beam_table": torch.randint(2, (1, 2, 6008), dtype=torch.int32),
+        "shared_k": draw(1, 2, 700, 64, dtype=dtype),
+        "shared_v": draw(1, 2, 700, 64, dtype=dtype),
+    }
+    yield [fk.attention_kvcache(q, *cache, k=k, v=v, **beams)]
 
 
 def lora(dtype: torch.dtype, adapter: torch.dtype) -> Iterator[Sequence[Tensor]]:
