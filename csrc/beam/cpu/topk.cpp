@@ -18,12 +18,17 @@
 // above the threshold, and scores equal to it are taken in flat order up to k, so the list stays
 // below k * (chunk + 1) whatever the values are: ascending logits, or all of them equal.
 //
+// Constraints (beam/params.h): excluded tokens leave their chunk before it is ranked, and are
+// passed over when it gives its candidates. With a trie there is neither chunk nor threshold: the
+// children of the beams' nodes give the candidates, and the scan serves the log-sum-exp alone.
+//
 // Numerics and order: beam/score.h. A choice does not depend on the cut into tasks.
 //
 // Papers: Milakov and Gimelshein (arXiv 1805.02867), one pass for softmax and top-k; Gaihre et al.,
 // Dr. Top-k (arXiv 2109.08219), selection through the maxima of subranges.
 #include <cmath>
 
+#include "beam/cpu/constraints.h"
 #include "beam/cpu/scan.h"
 #include "beam/cpu/select.h"
 #include "beam/kernels.h"
@@ -41,30 +46,43 @@ template <class T>
 class Topk {
  public:
   Topk(const TopkParams& params, const Threads& threads)
-      : p(params), plan(plan_topk(params, threads.count)), threads(threads) {
+      : p(params),
+        plan(plan_topk(params, threads.count)),
+        threads(threads),
+        excluded(params.constraints, params.batch * params.beams) {
     this->threads.count = plan.workers;
     const int64_t stats = p.batch * p.beams * plan.padded_chunks;
     greatest.reset(new float[stats]);
     sums.reset(new float[stats]);
+    if (excluded.any() && !by_trie()) allowed.reset(new uint32_t[stats]);
     rows.resize(p.batch);
   }
 
   void run() {
-    threads.run(p.batch * p.beams * plan.slices,
-                [&](int64_t task, int) { scan(task / plan.slices, task % plan.slices); });
+    if (excluded.any()) {
+      threads.run(p.batch * p.beams, [&](int64_t beam, int) { excluded.sort(beam); });
+    }
+    if (!by_trie() || p.given_logsumexp == nullptr) {
+      threads.run(p.batch * p.beams * plan.slices,
+                  [&](int64_t task, int) { scan(task / plan.slices, task % plan.slices); });
+    }
     threads.run(p.batch, [&](int64_t row, int) { rank(row); });
-    threads.run(p.batch * plan.segments,
-                [&](int64_t task, int) { gather(task / plan.segments, task % plan.segments); });
+    threads.run(p.batch * plan.segments, [&](int64_t task, int) {
+      const int64_t row = task / plan.segments, segment = task % plan.segments;
+      by_trie() ? gather_by_trie(row, segment) : gather(row, segment);
+    });
     threads.run(p.batch, [&](int64_t row, int) { choose(row); });
   }
 
  private:
   struct Row {
     std::vector<Normaliser> beams;
-    std::vector<uint32_t> chunk_best;  // (beams, chunks), ordered scores
+    std::vector<uint32_t> chunk_best;  // (beams, chunks), ordered scores; not with a trie
     uint32_t threshold = 0;            // 0: every element is a candidate
     std::vector<Candidates> segments;
   };
+
+  bool by_trie() const { return p.constraints.nodes != nullptr; }
 
   const T* beam_logits(int64_t beam) const {  // counted over the whole batch
     return static_cast<const T*>(p.logits) + beam / p.beams * p.batch_stride +
@@ -78,10 +96,15 @@ class Topk {
     const int64_t end = std::min(p.vocab, (slice + 1) * kSlice);
     int64_t chunk = slice * (kSlice / kChunk);
     for (int64_t i = slice * kSlice; i < end; i += kChunk, ++chunk) {
-      const ChunkStats stats =
-          scan_chunk(logits + i, std::min(kChunk, end - i), p.given_logsumexp == nullptr);
+      const int64_t count = std::min(kChunk, end - i);
+      const ChunkStats stats = scan_chunk(logits + i, count, p.given_logsumexp == nullptr);
       top[chunk] = stats.greatest;
       sum[chunk] = stats.sum;
+      if (allowed == nullptr) continue;
+      const Tokens without = between(excluded.of(beam), i, i + count);
+      allowed[beam * plan.padded_chunks + chunk] =
+          without.empty() ? beam::ordered(stats.greatest)
+                          : greatest_without(without, logits + i, count, i);
     }
     if (slice + 1 == plan.slices) {
       std::fill(top + plan.chunks, top + plan.padded_chunks, -kInf);
@@ -115,18 +138,27 @@ class Topk {
     return {shift, static_cast<float>(log_sum), beam_score};
   }
 
+  // The best score of each of a beam's chunks, ordered; 0 where a chunk has no candidate.
+  void rank_chunks(int64_t beam, const Normaliser& n, uint32_t* best) const {
+    const int64_t at = beam * plan.padded_chunks;
+    for (int64_t c = 0; allowed == nullptr && c < plan.chunks; ++c) {
+      best[c] = beam::ordered(beam::score(greatest[at + c], n));
+    }
+    for (int64_t c = 0; allowed != nullptr && c < plan.chunks; ++c) {
+      const float logit = beam::score_of(allowed[at + c]);
+      best[c] = allowed[at + c] == 0 ? 0 : beam::ordered(beam::score(logit, n));
+    }
+  }
+
   void rank(int64_t r) {
     Row& row = rows[r];
     row.beams.resize(p.beams);
-    row.chunk_best.resize(p.beams * plan.chunks);
     row.segments.resize(plan.segments);
+    for (int64_t b = 0; b < p.beams; ++b) row.beams[b] = normaliser(r * p.beams + b);
+    if (by_trie()) return;
+    row.chunk_best.resize(p.beams * plan.chunks);
     for (int64_t b = 0; b < p.beams; ++b) {
-      const int64_t beam = r * p.beams + b;
-      row.beams[b] = normaliser(beam);
-      const float* top = greatest.get() + beam * plan.padded_chunks;
-      for (int64_t c = 0; c < plan.chunks; ++c) {
-        row.chunk_best[b * plan.chunks + c] = beam::ordered(beam::score(top[c], row.beams[b]));
-      }
+      rank_chunks(r * p.beams + b, row.beams[b], row.chunk_best.data() + b * plan.chunks);
     }
     const int64_t chunks = p.beams * plan.chunks;
     if (chunks >= p.k) {
@@ -150,26 +182,48 @@ class Topk {
       if (row.chunk_best[i] <= row.threshold && !tie) continue;
       out.make_room(kChunk, p.k, threshold);
       const int64_t b = i / plan.chunks, first = i % plan.chunks * kChunk;
-      gather_chunk(beam_logits(r * p.beams + b) + first, std::min(kChunk, p.vocab - first),
-                   b * p.vocab + first, row.beams[b], threshold, out);
+      const int64_t beam = r * p.beams + b, flat = b * p.vocab + first;
+      const Tokens without = excluded.of(beam);
+      gather_chunk(beam_logits(beam) + first, std::min(kChunk, p.vocab - first), row.beams[b],
+                   threshold, out,
+                   [&](int64_t j) { return holds(without, first + j) ? -1 : flat + j; });
+    }
+  }
+
+  // The same of the children of a run of beams.
+  void gather_by_trie(int64_t r, int64_t segment) {
+    Row& row = rows[r];
+    Candidates& out = row.segments[segment];
+    const int64_t begin = r * p.beams + p.beams * segment / plan.segments;
+    const int64_t end = r * p.beams + p.beams * (segment + 1) / plan.segments;
+    int64_t children = 0;
+    for (int64_t b = begin; b < end; ++b) children += children_of(p.constraints, b).count;
+    out.reserve(std::min(children, 4 * p.k + 8 * kChunk) + kChunk);
+    Threshold threshold{0, p.k};
+    for (int64_t b = begin; b < end; ++b) {
+      const beam::Children all = children_of(p.constraints, b);
+      const int64_t own = b - r * p.beams;
+      for (int64_t i = 0; i < all.count; i += kChunk) {
+        out.make_room(kChunk, p.k, threshold);
+        gather_children(beam_logits(b), p.vocab, all.tokens + i, std::min(kChunk, all.count - i),
+                        own * p.vocab, excluded.of(b), row.beams[own], threshold, out);
+      }
     }
   }
 
   void choose(int64_t r) {
     const std::vector<Candidate> chosen = best(rows[r].segments, p.k);
-    for (int64_t i = 0; i < p.k; ++i) {
-      const uint32_t index = beam::index_of(chosen[i]);
-      p.scores[r * p.k + i] = beam::score_of(beam::ordered_of(chosen[i]));
-      p.parents[r * p.k + i] = index / p.vocab;
-      p.tokens[r * p.k + i] = index % p.vocab;
-    }
+    const int64_t count = chosen.size();
+    for (int64_t i = 0; i < p.k; ++i) put(p, r * p.k + i, i < count ? chosen[i] : beam::kNobody);
     rows[r] = Row();
   }
 
   const TopkParams& p;
   const Plan plan;
   Threads threads;
+  Excluded excluded;
   std::unique_ptr<float[]> greatest, sums;  // (batch * beams, padded chunks)
+  std::unique_ptr<uint32_t[]> allowed;      // the same: greatest of those not excluded, ordered
   std::vector<Row> rows;
 };
 
