@@ -1,6 +1,6 @@
 // Constraints on the CPU. Excluded tokens leave a chunk before its greatest logit is taken for the
-// threshold: else k chunks above it would not promise k candidates. A trie needs no threshold: its
-// children are few, and are scored one list after the other.
+// threshold: else k chunks above it would not promise k candidates. A trie's children are scored
+// list by list. Most lists are short; of a long one (the root's) only chunks that can matter.
 #pragma once
 
 #include <algorithm>
@@ -52,9 +52,14 @@ class Excluded {
 };
 
 // The greatest logit of a chunk without some of its tokens, ordered (beam/score.h); 0 where nothing
-// is left. `first` is the chunk's first token.
+// is left. `first` is the chunk's first token, `greatest` the greatest logit of all: mostly no
+// excluded token has it.
 template <class T>
-uint32_t greatest_without(Tokens excluded, const T* logits, int64_t count, int64_t first) {
+uint32_t greatest_without(Tokens excluded, const T* logits, int64_t count, int64_t first,
+                          float greatest) {
+  bool below = true;
+  for (const int64_t token : excluded) below &= to_float(logits[token - first]) < greatest;
+  if (below) return beam::ordered(greatest);
   if (static_cast<int64_t>(excluded.size()) == count) return 0;
   T left[kChunk];
   std::copy(logits, logits + count, left);
@@ -62,19 +67,34 @@ uint32_t greatest_without(Tokens excluded, const T* logits, int64_t count, int64
   return beam::ordered(scan_chunk(left, count, false).greatest);
 }
 
-// Adds the candidates among some children of a beam's node; `first` is the flat index of token 0.
+// The children of every beam's node, or of none.
+inline std::vector<beam::Children> children_of_all(const beam::Constraints& c, int64_t beams) {
+  std::vector<beam::Children> all(c.nodes == nullptr ? 0 : beams);
+  for (size_t beam = 0; beam < all.size(); ++beam) all[beam] = beam::children_of(c, beam);
+  return all;
+}
+
+// Those in [begin, end), ascending as all are.
+inline beam::Children between(const beam::Children& all, int64_t begin, int64_t end) {
+  const int32_t* stop = all.tokens + all.count;
+  const int32_t* first = std::lower_bound(all.tokens, stop, begin);
+  return {first, std::lower_bound(first, stop, end) - first};
+}
+
+// Adds the candidates among at most kChunk children; `first` is the flat index of the row's token
+// 0. The adapter has seen that tokens ascend, or a token may be wrong here, never an address.
 template <class T>
-void gather_children(const T* logits, int64_t vocab, const int32_t* tokens, int64_t count,
-                     int64_t first, Tokens excluded, const Normaliser& n, Threshold& threshold,
-                     Candidates& out) {
+void gather_children(const T* row, int64_t vocab, const beam::Children& some, int64_t first,
+                     Tokens excluded, const Normaliser& n, Threshold& threshold, Candidates& out) {
   float picked[kChunk];
-  for (int64_t i = 0; i < count; ++i) {
-    const uint64_t token = static_cast<uint32_t>(tokens[i]);
-    picked[i] = to_float(logits[std::min(token, static_cast<uint64_t>(vocab - 1))]);
+  const uint32_t last = static_cast<uint32_t>(vocab - 1);
+  for (int64_t i = 0; i < some.count; ++i) {
+    picked[i] = to_float(row[std::min(static_cast<uint32_t>(some.tokens[i]), last)]);
   }
-  gather_chunk(picked, count, n, threshold, out, [&](int64_t i) -> int64_t {
-    const int64_t token = tokens[i];
-    return token < 0 || token >= vocab || holds(excluded, token) ? -1 : first + token;
+  gather_chunk(picked, some.count, n, threshold, out, [&](int64_t i) {
+    const int64_t token = some.tokens[i];
+    const bool allowed = token >= 0 && token < vocab && !holds(excluded, token);
+    return allowed ? first + token : -1;
   });
 }
 

@@ -44,6 +44,8 @@ inline uint32_t kth_greatest(std::vector<uint32_t> values, int64_t k) {
 struct Threshold {
   uint32_t ordered = 0;
   int64_t ties = 0;
+
+  bool passes(uint32_t best) const { return best > ordered || (best == ordered && ties > 0); }
 };
 
 inline uint32_t kth_greatest(const Candidate* candidates, int64_t n, int64_t k) {

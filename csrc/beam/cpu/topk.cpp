@@ -49,12 +49,13 @@ class Topk {
       : p(params),
         plan(plan_topk(params, threads.count)),
         threads(threads),
-        excluded(params.constraints, params.batch * params.beams) {
+        excluded(params.constraints, params.batch * params.beams),
+        children(children_of_all(params.constraints, params.batch * params.beams)) {
     this->threads.count = plan.workers;
     const int64_t stats = p.batch * p.beams * plan.padded_chunks;
     greatest.reset(new float[stats]);
     sums.reset(new float[stats]);
-    if (excluded.any() && !by_trie()) allowed.reset(new uint32_t[stats]);
+    if (excluded.any()) allowed.reset(new uint32_t[stats]);
     rows.resize(p.batch);
   }
 
@@ -62,7 +63,7 @@ class Topk {
     if (excluded.any()) {
       threads.run(p.batch * p.beams, [&](int64_t beam, int) { excluded.sort(beam); });
     }
-    if (!by_trie() || p.given_logsumexp == nullptr) {
+    if (has_stats()) {
       threads.run(p.batch * p.beams * plan.slices,
                   [&](int64_t task, int) { scan(task / plan.slices, task % plan.slices); });
     }
@@ -77,12 +78,19 @@ class Topk {
  private:
   struct Row {
     std::vector<Normaliser> beams;
-    std::vector<uint32_t> chunk_best;  // (beams, chunks), ordered scores; not with a trie
+    std::vector<uint32_t> chunk_best;  // (beams, chunks), ordered scores, where by_chunks()
     uint32_t threshold = 0;            // 0: every element is a candidate
     std::vector<Candidates> segments;
   };
 
   bool by_trie() const { return p.constraints.nodes != nullptr; }
+  // Of chunks: children alone need none where the log-sum-exp is given.
+  bool has_stats() const { return !by_trie() || p.given_logsumexp == nullptr; }
+  bool takes_all(int64_t beam) const { return !by_trie() || children[beam].count == p.vocab; }
+  // Whether a beam's chunks are ranked: not where it has so few children that all are looked at.
+  bool by_chunks(int64_t beam) const {
+    return has_stats() && (!by_trie() || children[beam].count >= kChunk / 8 * plan.chunks);
+  }
 
   const T* beam_logits(int64_t beam) const {  // counted over the whole batch
     return static_cast<const T*>(p.logits) + beam / p.beams * p.batch_stride +
@@ -95,16 +103,18 @@ class Topk {
     float* sum = sums.get() + beam * plan.padded_chunks;
     const int64_t end = std::min(p.vocab, (slice + 1) * kSlice);
     int64_t chunk = slice * (kSlice / kChunk);
+    Tokens without = between(excluded.of(beam), slice * kSlice, end);
     for (int64_t i = slice * kSlice; i < end; i += kChunk, ++chunk) {
       const int64_t count = std::min(kChunk, end - i);
       const ChunkStats stats = scan_chunk(logits + i, count, p.given_logsumexp == nullptr);
       top[chunk] = stats.greatest;
       sum[chunk] = stats.sum;
       if (allowed == nullptr) continue;
-      const Tokens without = between(excluded.of(beam), i, i + count);
+      size_t own = 0;
+      while (own < without.size() && without[own] < i + count) ++own;
       allowed[beam * plan.padded_chunks + chunk] =
-          without.empty() ? beam::ordered(stats.greatest)
-                          : greatest_without(without, logits + i, count, i);
+          greatest_without(without.first(own), logits + i, count, i, stats.greatest);
+      without = without.subspan(own);
     }
     if (slice + 1 == plan.slices) {
       std::fill(top + plan.chunks, top + plan.padded_chunks, -kInf);
@@ -153,16 +163,19 @@ class Topk {
   void rank(int64_t r) {
     Row& row = rows[r];
     row.beams.resize(p.beams);
-    row.segments.resize(plan.segments);
-    for (int64_t b = 0; b < p.beams; ++b) row.beams[b] = normaliser(r * p.beams + b);
-    if (by_trie()) return;
     row.chunk_best.resize(p.beams * plan.chunks);
+    row.segments.resize(plan.segments);
+    std::vector<uint32_t> reached;  // by one candidate each
     for (int64_t b = 0; b < p.beams; ++b) {
-      rank_chunks(r * p.beams + b, row.beams[b], row.chunk_best.data() + b * plan.chunks);
+      const int64_t beam = r * p.beams + b;
+      row.beams[b] = normaliser(beam);
+      if (!by_chunks(beam)) continue;
+      uint32_t* best = row.chunk_best.data() + b * plan.chunks;
+      rank_chunks(beam, row.beams[b], best);
+      if (takes_all(beam)) reached.insert(reached.end(), best, best + plan.chunks);
     }
-    const int64_t chunks = p.beams * plan.chunks;
-    if (chunks >= p.k) {
-      row.threshold = kth_greatest(row.chunk_best, p.k);
+    if (static_cast<int64_t>(reached.size()) >= p.k) {
+      row.threshold = kth_greatest(std::move(reached), p.k);
     }
   }
 
@@ -178,37 +191,62 @@ class Topk {
     out.reserve(std::min(above * kChunk + p.k, 4 * p.k + 8 * kChunk) + kChunk);
     Threshold threshold{row.threshold, p.k};
     for (int64_t i = begin; i < end; ++i) {
-      const bool tie = row.chunk_best[i] == row.threshold && threshold.ties > 0;
-      if (row.chunk_best[i] <= row.threshold && !tie) continue;
+      if (!threshold.passes(row.chunk_best[i])) continue;
       out.make_room(kChunk, p.k, threshold);
-      const int64_t b = i / plan.chunks, first = i % plan.chunks * kChunk;
-      const int64_t beam = r * p.beams + b, flat = b * p.vocab + first;
-      const Tokens without = excluded.of(beam);
-      gather_chunk(beam_logits(beam) + first, std::min(kChunk, p.vocab - first), row.beams[b],
-                   threshold, out,
-                   [&](int64_t j) { return holds(without, first + j) ? -1 : flat + j; });
+      gather_whole(r * p.beams + i / plan.chunks, i % plan.chunks, threshold, out);
     }
   }
 
-  // The same of the children of a run of beams.
+  void gather_whole(int64_t beam, int64_t chunk, Threshold& threshold, Candidates& out) {
+    const int64_t b = beam % p.beams, first = chunk * kChunk, flat = b * p.vocab + first;
+    const Tokens without = excluded.of(beam);
+    gather_chunk(beam_logits(beam) + first, std::min(kChunk, p.vocab - first),
+                 rows[beam / p.beams].beams[b], threshold, out,
+                 [&](int64_t j) { return holds(without, first + j) ? -1 : flat + j; });
+  }
+
+  // The same of the children of a run of beams. Little room: the threshold rises early.
   void gather_by_trie(int64_t r, int64_t segment) {
-    Row& row = rows[r];
-    Candidates& out = row.segments[segment];
+    Candidates& out = rows[r].segments[segment];
     const int64_t begin = r * p.beams + p.beams * segment / plan.segments;
     const int64_t end = r * p.beams + p.beams * (segment + 1) / plan.segments;
-    int64_t children = 0;
-    for (int64_t b = begin; b < end; ++b) children += children_of(p.constraints, b).count;
-    out.reserve(std::min(children, 4 * p.k + 8 * kChunk) + kChunk);
-    Threshold threshold{0, p.k};
-    for (int64_t b = begin; b < end; ++b) {
-      const beam::Children all = children_of(p.constraints, b);
-      const int64_t own = b - r * p.beams;
+    int64_t most = 0;
+    for (int64_t beam = begin; beam < end; ++beam) most += children[beam].count;
+    out.reserve(std::min(most, 2 * p.k + kChunk) + kChunk);
+    Threshold threshold{rows[r].threshold, p.k};
+    for (int64_t beam = begin; beam < end; ++beam) {
+      const beam::Children& all = children[beam];
+      if (by_chunks(beam)) {
+        gather_by_chunks(beam, threshold, out);
+        continue;
+      }
       for (int64_t i = 0; i < all.count; i += kChunk) {
-        out.make_room(kChunk, p.k, threshold);
-        gather_children(beam_logits(b), p.vocab, all.tokens + i, std::min(kChunk, all.count - i),
-                        own * p.vocab, excluded.of(b), row.beams[own], threshold, out);
+        gather_some(beam, {all.tokens + i, std::min(kChunk, all.count - i)}, threshold, out);
       }
     }
+  }
+
+  // A chunk's best score bounds that of the children in it.
+  void gather_by_chunks(int64_t beam, Threshold& threshold, Candidates& out) {
+    const uint32_t* best = rows[beam / p.beams].chunk_best.data() + beam % p.beams * plan.chunks;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      if (!threshold.passes(best[chunk])) continue;
+      if (takes_all(beam)) {
+        out.make_room(kChunk, p.k, threshold);
+        gather_whole(beam, chunk, threshold, out);
+      } else {
+        const int64_t first = chunk * kChunk;
+        gather_some(beam, between(children[beam], first, first + kChunk), threshold, out);
+      }
+    }
+  }
+
+  void gather_some(int64_t beam, const beam::Children& some, Threshold& threshold,
+                   Candidates& out) {
+    out.make_room(kChunk, p.k, threshold);
+    const int64_t b = beam % p.beams;
+    gather_children(beam_logits(beam), p.vocab, some, b * p.vocab, excluded.of(beam),
+                    rows[beam / p.beams].beams[b], threshold, out);
   }
 
   void choose(int64_t r) {
@@ -222,6 +260,7 @@ class Topk {
   const Plan plan;
   Threads threads;
   Excluded excluded;
+  std::vector<beam::Children> children;
   std::unique_ptr<float[]> greatest, sums;  // (batch * beams, padded chunks)
   std::unique_ptr<uint32_t[]> allowed;      // the same: greatest of those not excluded, ordered
   std::vector<Row> rows;
