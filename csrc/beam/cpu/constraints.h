@@ -36,8 +36,18 @@ class Excluded {
   bool any() const { return width > 0; }
   void sort(int64_t beam) {
     const auto first = tokens.begin() + beam * width;
-    std::copy(given + beam * width, given + (beam + 1) * width, first);
-    std::sort(first, first + width);
+    const int64_t* own = given + beam * width;
+    if (width > 32) {
+      std::copy(own, own + width, first);
+      std::sort(first, first + width);
+    } else {  // each one's place by counting: a few vectors, and no branch to guess
+      for (int64_t i = 0; i < width; ++i) {
+        int64_t before = 0;
+        for (int64_t j = 0; j < i; ++j) before += own[j] <= own[i];
+        for (int64_t j = i + 1; j < width; ++j) before += own[j] < own[i];
+        first[before] = own[i];
+      }
+    }
     counts[beam] = std::unique(first, first + width) - first;
   }
   Tokens of(int64_t beam) const {
@@ -81,16 +91,21 @@ inline beam::Children between(const beam::Children& all, int64_t begin, int64_t 
   return {first, std::lower_bound(first, stop, end) - first};
 }
 
-// Adds the candidates among at most kChunk children; `first` is the flat index of the row's token
-// 0. The adapter has seen that tokens ascend, or a token may be wrong here, never an address.
+// The logits of some children. The adapter has seen that tokens ascend; were it wrong, a logit may
+// be another's here, but no address is.
 template <class T>
-void gather_children(const T* row, int64_t vocab, const beam::Children& some, int64_t first,
-                     Tokens excluded, const Normaliser& n, Threshold& threshold, Candidates& out) {
-  float picked[kChunk];
+void pick(const T* row, int64_t vocab, const beam::Children& some, float* picked) {
   const uint32_t last = static_cast<uint32_t>(vocab - 1);
   for (int64_t i = 0; i < some.count; ++i) {
     picked[i] = to_float(row[std::min(static_cast<uint32_t>(some.tokens[i]), last)]);
   }
+}
+
+// Adds the candidates among some children with these logits; `first` is the flat index of the row's
+// token 0.
+inline void gather_children(const beam::Children& some, const float* picked, int64_t vocab,
+                            int64_t first, Tokens excluded, const Normaliser& n,
+                            Threshold& threshold, Candidates& out) {
   gather_chunk(picked, some.count, n, threshold, out, [&](int64_t i) {
     const int64_t token = some.tokens[i];
     const bool allowed = token >= 0 && token < vocab && !holds(excluded, token);

@@ -56,6 +56,7 @@ class Topk {
     greatest.reset(new float[stats]);
     sums.reset(new float[stats]);
     if (excluded.any()) allowed.reset(new uint32_t[stats]);
+    if (by_trie() && has_stats()) make_room_for_children();
     rows.resize(p.batch);
   }
 
@@ -116,10 +117,28 @@ class Topk {
           greatest_without(without.first(own), logits + i, count, i, stats.greatest);
       without = without.subspan(own);
     }
+    if (picked != nullptr) pick_children(beam, slice * kSlice, end);
     if (slice + 1 == plan.slices) {
       std::fill(top + plan.chunks, top + plan.padded_chunks, -kInf);
       std::fill(sum + plan.chunks, sum + plan.padded_chunks, 0.f);
     }
+  }
+
+  void make_room_for_children() {
+    places.assign(children.size() + 1, 0);
+    for (size_t beam = 0; beam < children.size(); ++beam) {
+      places[beam + 1] = places[beam] + (by_chunks(beam) ? 0 : children[beam].count);
+    }
+    picked.reset(new float[places.back()]);
+  }
+
+  // Of a slice just scanned: from the cache, where a later step would wait for each logit.
+  void pick_children(int64_t beam, int64_t begin, int64_t end) {
+    if (by_chunks(beam)) return;
+    const beam::Children& all = children[beam];
+    const beam::Children own = plan.slices == 1 ? all : between(all, begin, end);
+    float* to = picked.get() + places[beam] + (own.tokens - all.tokens);
+    topk::pick(beam_logits(beam), p.vocab, own, to);
   }
 
   // The log-sum-exp of a beam from its chunks.
@@ -215,13 +234,15 @@ class Topk {
     out.reserve(std::min(most, 2 * p.k + kChunk) + kChunk);
     Threshold threshold{rows[r].threshold, p.k};
     for (int64_t beam = begin; beam < end; ++beam) {
-      const beam::Children& all = children[beam];
       if (by_chunks(beam)) {
         gather_by_chunks(beam, threshold, out);
         continue;
       }
+      const beam::Children& all = children[beam];
       for (int64_t i = 0; i < all.count; i += kChunk) {
-        gather_some(beam, {all.tokens + i, std::min(kChunk, all.count - i)}, threshold, out);
+        const float* logits = picked == nullptr ? nullptr : picked.get() + places[beam] + i;
+        const beam::Children some{all.tokens + i, std::min(kChunk, all.count - i)};
+        gather_some(beam, some, logits, threshold, out);
       }
     }
   }
@@ -236,16 +257,23 @@ class Topk {
         gather_whole(beam, chunk, threshold, out);
       } else {
         const int64_t first = chunk * kChunk;
-        gather_some(beam, between(children[beam], first, first + kChunk), threshold, out);
+        const beam::Children some = between(children[beam], first, first + kChunk);
+        gather_some(beam, some, nullptr, threshold, out);
       }
     }
   }
 
-  void gather_some(int64_t beam, const beam::Children& some, Threshold& threshold,
-                   Candidates& out) {
+  // At most kChunk children, and their logits where the scan has picked them.
+  void gather_some(int64_t beam, const beam::Children& some, const float* logits,
+                   Threshold& threshold, Candidates& out) {
+    float own[kChunk];
+    if (logits == nullptr) {
+      topk::pick(beam_logits(beam), p.vocab, some, own);
+      logits = own;
+    }
     out.make_room(kChunk, p.k, threshold);
     const int64_t b = beam % p.beams;
-    gather_children(beam_logits(beam), p.vocab, some, b * p.vocab, excluded.of(beam),
+    gather_children(some, logits, p.vocab, b * p.vocab, excluded.of(beam),
                     rows[beam / p.beams].beams[b], threshold, out);
   }
 
@@ -261,6 +289,8 @@ class Topk {
   Threads threads;
   Excluded excluded;
   std::vector<beam::Children> children;
+  std::vector<int64_t> places;  // of a beam's children in `picked`
+  std::unique_ptr<float[]> picked;
   std::unique_ptr<float[]> greatest, sums;  // (batch * beams, padded chunks)
   std::unique_ptr<uint32_t[]> allowed;      // the same: greatest of those not excluded, ordered
   std::vector<Row> rows;
