@@ -174,8 +174,6 @@ def _check_constraints(
     logits: Tensor, excluded: Tensor | None, trie: Trie | None, nodes: Tensor | None
 ) -> None:
     op, beams = "beam_topk", tuple(logits.shape[:2])
-    if logits.is_cuda or _ops.BACKEND:
-        raise NotImplementedError(f"{op}: excluded and trie have no GPU kernel yet")
     given = [("excluded", excluded, (torch.int64,), 3), ("nodes", nodes, INTEGERS, 2)]
     for name, value, dtypes, dims in given:
         if value is None:

@@ -24,11 +24,14 @@ FK_HOST_DEVICE inline Children children_of(const Constraints& c, int64_t beam) {
 // Writes one place of the result. Nobody scores -inf with the token -1, which is no token: a
 // caller that reads tokens alone takes no beam that is not allowed.
 FK_HOST_DEVICE inline void put(const TopkParams& p, int64_t at, Candidate chosen) {
+  if (chosen == kNobody) {
+    p.scores[at] = -kInfinity, p.parents[at] = 0, p.tokens[at] = -1;
+    return;
+  }
   const uint32_t vocab = static_cast<uint32_t>(p.vocab), index = index_of(chosen);
-  const bool nobody = chosen == kNobody;
-  p.scores[at] = nobody ? -kInfinity : score_of(ordered_of(chosen));
-  p.parents[at] = nobody ? 0 : index / vocab;
-  p.tokens[at] = nobody ? -1 : static_cast<int64_t>(index % vocab);
+  p.scores[at] = score_of(ordered_of(chosen));
+  p.parents[at] = index / vocab;
+  p.tokens[at] = index % vocab;
 }
 
 }  // namespace flashkern::beam
