@@ -224,9 +224,9 @@ FK_DEVICE void each_chosen(const Row<T, kConstrained>& row, uint32_t count, F&& 
     const uint32_t flat = beam * row.vocab + start;
     const uint32_t left = min(kChunk, row.vocab - start);
     const Normaliser n = row.normalisers[beam];
+    const auto mask = row.mask(beam, c % row.chunks);
     Chunk<T> chunk;
     load_chunk(chunk, row.beam(beam), c % row.chunks, row.vocab);
-    const auto mask = row.mask(beam, c % row.chunks);
     each_element(chunk, mask, [&](float x, uint32_t element) {
       if (element < left) f(candidate(ordered(score(x, n)), flat + element));
     });
