@@ -53,8 +53,10 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
       "Tensor cache_lengths, Tensor? page_table) -> ()");
 
   m.def(
-      "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None) "
-      "-> (Tensor scores, Tensor tokens, Tensor parents, Tensor logsumexp_out)");
+      "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None, "
+      "Tensor? excluded=None, Tensor? nodes=None, Tensor? trie_starts=None, "
+      "Tensor? trie_tokens=None) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor "
+      "logsumexp_out)");
 
   m.def("lora_base(str name=\"\") -> str");
   // y and h: what the backward pass keeps. With ids, one adapter for each row (-1: none).

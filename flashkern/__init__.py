@@ -11,13 +11,14 @@ from flashkern.attention import (
     attention_varlen,
     merge_attention,
 )
-from flashkern.beam import BeamTopK, beam_topk, merge_topk
+from flashkern.beam import BeamTopK, Trie, beam_topk, merge_topk
 from flashkern.explain import explain
 from flashkern.lora import lora_linear, lora_linear_multi
 from flashkern.sdpa import scaled_dot_product_attention
 
 __all__ = [
     "BeamTopK",
+    "Trie",
     "__version__",
     "attention",
     "attention_kvcache",

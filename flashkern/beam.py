@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from flashkern import _ops, reference
-from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+from flashkern._checks import FLOATS, check, check_device, check_dtype, check_tensor
 from flashkern._dispatch import register_autograd
+from flashkern._trie import INTEGERS, Trie
+
+__all__ = ["BeamTopK", "Trie", "beam_topk", "merge_topk"]
 
 DEVICES = ["meta", *(d for d in ("cpu", "cuda") if _ops.has_kernel("beam_topk", d))]
 
@@ -18,7 +21,7 @@ class BeamTopK(NamedTuple):
 
     Attributes:
         scores: (B, k), descending.
-        tokens: (B, k) int64, the token of each candidate.
+        tokens: (B, k) int64, the token of each candidate; -1 where there are fewer than k.
         parents: (B, k) int64, the beam that each candidate continues, from 0 in each row.
         logsumexp: (B, beams), natural log, of each beam's logits.
 
@@ -37,7 +40,14 @@ class BeamTopK(NamedTuple):
 
 
 def beam_topk(
-    logits: Tensor, beam_scores: Tensor, k: int, *, logsumexp: Tensor | None = None
+    logits: Tensor,
+    beam_scores: Tensor,
+    k: int,
+    *,
+    logsumexp: Tensor | None = None,
+    excluded: Tensor | None = None,
+    trie: Trie | None = None,
+    nodes: Tensor | None = None,
 ) -> BeamTopK:
     """The ``k`` best continuations of each batch row's beams.
 
@@ -50,6 +60,10 @@ def beam_topk(
     the same for every number of threads and, given the same log_sum, for every back end; AVX2 and
     AVX-512 round log_sum alike, the portable kernel may differ from them in its last bit.
 
+    ``excluded`` and ``trie`` narrow the choice and nothing else: logsumexp is that of all logits,
+    scores and order are as without them. Where fewer than ``k`` candidates are allowed, all of them
+    come, and the places behind them hold the score -inf, the token -1 and the parent 0.
+
     A logit of -inf scores -inf. It is chosen only when fewer than ``k`` others are left: then in
     the order of beam and token, with the score -inf. A beam of nothing but -inf has logsumexp -inf.
     A logit of NaN or +inf makes its beam's logsumexp NaN, as in ``log_softmax``, and with it every
@@ -59,9 +73,13 @@ def beam_topk(
         logits: (B, beams, V), float32, bfloat16, float16, or float64 (plain PyTorch, unhurried).
             Any strides with a contiguous last dimension are taken as they are; others are copied.
         beam_scores: (B, beams), float32 (float64 beside float64 logits), the scores so far.
-        k: candidates for each row, 1 to beams * V.
+        k: candidates for each row, 1 to beams * V, also where fewer are allowed.
         logsumexp: (B, beams), like ``beam_scores``: normalises with this instead of the logits'
             own, for shards of a vocabulary (see :func:`merge_topk`): shift is this, log_sum is 0.
+        excluded: (B, beams, n) int64, the tokens that a beam may not take, -1 for none.
+        trie: a beam may take the children of its node alone. With the logsumexp given too, a CPU
+            reads no other logits.
+        nodes: (B, beams) integers, each beam's node of the trie; one at -1 has no candidate.
 
     Returns:
         A :class:`BeamTopK`. ``scores`` and ``logsumexp`` are differentiable with respect to
@@ -69,7 +87,9 @@ def beam_topk(
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
-        ValueError: shapes do not fit, or k is out of range.
+        ValueError: shapes do not fit, k is out of range, or the trie has tokens that logits lack.
+        RuntimeError: on a CPU, a node or an excluded token out of range. On a GPU, where nobody
+            looks, such a node has no children and such a token is none.
         NotImplementedError: a device without a kernel, or beams * V of 2**32 or more.
 
     Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867);
@@ -83,14 +103,24 @@ def beam_topk(
         ([[1, 0, 2]], [[0, 1, 0]])
         >>> best.scores.shape
         torch.Size([1, 3])
+        >>> excluded = torch.tensor([[[1, 2], [0, -1]]])
+        >>> fk.beam_topk(logits, torch.tensor([[0.0, -1.0]]), 2, excluded=excluded).tokens
+        tensor([[0, 1]])
     """
     _check(logits, beam_scores, k, logsumexp)
+    if excluded is not None or trie is not None or nodes is not None:
+        _check_constraints(logits, excluded, trie, nodes)
     if logits.dtype == torch.float64:
-        return BeamTopK(*reference.beam_topk(logits, beam_scores, k, logsumexp))
+        options: dict[str, Any] = {"excluded": excluded, "trie": trie, "nodes": nodes}
+        return BeamTopK(*reference.beam_topk(logits, beam_scores, k, logsumexp, **options))
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     given = None if logsumexp is None else logsumexp.contiguous()
-    return BeamTopK(*_topk(logits, beam_scores.contiguous(), k, given))
+    without = None if excluded is None else excluded.contiguous()
+    below: tuple[Tensor | None, ...] = (None, None, None)
+    if trie is not None and nodes is not None:
+        below = (nodes.long().contiguous(), trie.starts, trie.tokens)
+    return BeamTopK(*_topk(logits, beam_scores.contiguous(), k, given, without, *below))
 
 
 def _fit(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None) -> bool:
@@ -140,12 +170,38 @@ def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None
         raise NotImplementedError(f"{op}: beams * V must be below 2**32, got {candidates}")
 
 
+def _check_constraints(
+    logits: Tensor, excluded: Tensor | None, trie: Trie | None, nodes: Tensor | None
+) -> None:
+    op, beams = "beam_topk", tuple(logits.shape[:2])
+    given = [("excluded", excluded, (torch.int64,), 3), ("nodes", nodes, INTEGERS, 2)]
+    for name, value, dtypes, dims in given:
+        if value is None:
+            continue
+        check_tensor(op, name, value)
+        check_dtype(op, name, value, dtypes)
+        must = f"have shape (B, beams{', n' * (dims - 2)}) with (B, beams) = {beams}"
+        fits = value.dim() == dims and value.shape[:2] == beams
+        check(fits, op, name, must, tuple(value.shape))
+        check_device(op, name, value, logits)
+    if trie is None:
+        return check(nodes is None, op, "nodes", "come with a trie", "no trie")
+    if not isinstance(trie, Trie):
+        raise TypeError(f"{op}: trie must be a flashkern.Trie, got {type(trie).__name__}")
+    check(nodes is not None, op, "nodes", "come with a trie", None)
+    must = f"be on device {logits.device}"
+    check(trie.device == logits.device, op, "trie", must, trie.device)
+    vocab = logits.shape[2]
+    most = trie.vocab_size - 1
+    check(most < vocab, op, "trie", f"hold tokens below V = {vocab}", most)
+
+
 # ---- what torch needs beside the kernel ----
 
 
 @torch.library.register_fake("flashkern::beam_topk")
 def _fake(
-    logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None = None
+    logits: Tensor, beam_scores: Tensor, k: int, *_given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     tokens = beam_scores.new_empty((rows, k), dtype=torch.int64)
@@ -160,7 +216,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(
     ctx: Any, grad_scores: Tensor | None, _tokens: None, _parents: None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, Tensor, None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """d score = d logit - d logsumexp + d beam_score; d logsumexp = softmax . d logits."""
     logits, scores, tokens, parents, lse = ctx.saved_tensors
     grad_scores = torch.zeros_like(scores) if grad_scores is None else grad_scores
@@ -175,9 +231,10 @@ def _backward(
         softmax = (logits - lse.unsqueeze(-1)).exp()
         softmax = softmax.masked_fill(lse.unsqueeze(-1) == -torch.inf, 0)
         grad_logits = softmax * grad_lse.unsqueeze(-1)
-    chosen = parents * vocab + tokens
+    chosen = (parents * vocab + tokens).clamp(min=0)  # token -1: nobody, whose gradient is 0
     grad_logits = grad_logits.flatten(1).scatter_add(1, chosen, grad_scores).view(logits.shape)
-    return grad_logits.to(logits.dtype), grad_beams, None, grad_lse if ctx.given else None
+    grads = (grad_logits.to(logits.dtype), grad_beams, None, grad_lse if ctx.given else None)
+    return *grads, None, None, None, None
 
 
 _topk = register_autograd(_ops.ops.beam_topk.default, _backward, _setup)
@@ -190,21 +247,26 @@ def _vmap(
     logits: Tensor,
     beam_scores: Tensor,
     k: int,
-    logsumexp: Tensor | None = None,
+    *given: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Rows are independent: the mapped dimension joins the batch."""
+    """Rows are independent: the mapped dimension joins the batch. A trie serves all rows."""
     size = info.batch_size
+    if any(dim is not None for dim in in_dims[6:]):
+        raise NotImplementedError("beam_topk: a trie cannot be mapped by vmap")
 
     def join(value: Tensor, dim: int | None) -> Tensor:
         value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
         return value.flatten(0, 1)
 
-    given = None if logsumexp is None else join(logsumexp, in_dims[3]).contiguous()
     flat = join(logits, in_dims[0])
     if flat.stride(-1) != 1 and flat.shape[-1] > 1:
         flat = flat.contiguous()
     scores = join(beam_scores, in_dims[1]).contiguous()
-    out = _ops.ops.beam_topk(flat, scores, k, given)
+    rows = [
+        None if value is None else join(value, dim).contiguous()
+        for value, dim in zip(given[:3], in_dims[3:6], strict=True)
+    ]
+    out = _ops.ops.beam_topk(flat, scores, k, *rows, *given[3:])
     return tuple(value.unflatten(0, (size, -1)) for value in out), (0, 0, 0, 0)
 
 
@@ -259,6 +321,8 @@ def merge_topk(
     _check_parts(parts, offsets)
     shifts = [0] * len(parts) if offsets is None else offsets
     tokens = torch.cat([p.tokens + shift for p, shift in zip(parts, shifts, strict=True)], 1)
+    nobody = torch.cat([part.tokens < 0 for part in parts], 1)  # comes behind all that score -inf
+    tokens = tokens.masked_fill(nobody, -1)
     parents = torch.cat([part.parents for part in parts], 1)
     joint = parts[0].logsumexp
     part_scores = [part.scores for part in parts]
@@ -272,7 +336,8 @@ def merge_topk(
     scores = torch.cat(part_scores, 1)
     k = max(part.scores.shape[1] for part in parts)
     order = tokens.argsort(dim=1, stable=True)
-    order = order.gather(1, parents.gather(1, order).argsort(dim=1, stable=True))
+    beams = parents.masked_fill(nobody, joint.shape[1])
+    order = order.gather(1, beams.gather(1, order).argsort(dim=1, stable=True))
     by_score = scores.gather(1, order).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, by_score)[:, :k]
     merged = scores.gather(1, order)

@@ -197,14 +197,37 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
 # ---- beam top-k ----
 
 
+def allowed_tokens(
+    logits: Tensor, excluded: Tensor | None, trie: Any = None, nodes: Tensor | None = None
+) -> Tensor:
+    """Which tokens each beam may take: (B, beams, V), bool."""
+    allowed = torch.full_like(logits, nodes is None, dtype=torch.bool)
+    if nodes is not None:
+        for beam, node in enumerate(nodes.flatten().tolist()):
+            children = trie.tokens[trie.starts[node] : trie.starts[node + 1]] if node >= 0 else []
+            allowed.flatten(0, 1)[beam, children] = True
+    if excluded is not None:  # -1 falls into a column of its own, behind the last
+        columns = logits.shape[-1] + 1
+        allowed = F.pad(allowed, (0, 1)).scatter(2, excluded % columns, False)[..., :-1]
+    return allowed
+
+
 def beam_topk(
-    logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None = None
+    logits: Tensor,
+    beam_scores: Tensor,
+    k: int,
+    logsumexp: Tensor | None = None,
+    *,
+    excluded: Tensor | None = None,
+    trie: Any = None,
+    nodes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k best continuations of each row's beams: scores, tokens, parents, logsumexp.
 
     ``logits`` (B, beams, V), ``beam_scores`` (B, beams), ``logsumexp`` (B, beams) or None. Each
     step of ``((logit - shift) - log_sum) + beam_score`` is rounded on its own; equal scores go to
-    the smaller beam, then the smaller token; NaN comes first.
+    the smaller beam, then the smaller token; NaN comes first. What is not allowed comes last, as
+    the token -1 of beam 0 with a score of -inf.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     if logsumexp is None:
@@ -219,9 +242,12 @@ def beam_topk(
     scores = ((x - shift.unsqueeze(-1)) - log_sum.unsqueeze(-1)) + beam_scores.unsqueeze(-1)
     scores = scores.masked_fill(x == -torch.inf, -torch.inf) + 0.0  # no negative zero
     ranked, index = scores.flatten(1).sort(dim=-1, descending=True, stable=True)
-    vocab = logits.shape[-1]
-    best, index = ranked[:, :k], index[:, :k]
-    return best, index % vocab, index // vocab, logsumexp
+    allowed = allowed_tokens(x, excluded, trie, nodes).flatten(1).gather(1, index)
+    kept = allowed.int().argsort(dim=1, descending=True, stable=True)[:, :k]
+    best, index, allowed = (value.gather(1, kept) for value in (ranked, index, allowed))
+    token, parent = index % logits.shape[-1], index // logits.shape[-1]
+    best, token = best.masked_fill(~allowed, -torch.inf), token.masked_fill(~allowed, -1)
+    return best, token, parent.masked_fill(~allowed, 0), logsumexp
 
 
 # ---- LoRA linear ----

@@ -49,7 +49,7 @@ FLOAT_ATTENTION = ("HMMA.1688.F32.TF32", COPY, "MUFU.EX2")
 TOPK = ("LDG.E.128.CONSTANT", "MUFU.EX2", "MEMBAR.ALL.GPU", "ATOMG.E.ADD.S32.STRONG.GPU")
 HALF = r"(BFloat16|Half)"
 # forward<dtype, columns, form>, backward<dtype, columns, full>, decode_kernel<dtype, strips>,
-# shrink_kernel and gradient_kernel<dtype, ranks>.
+# shrink_kernel and gradient_kernel<dtype, ranks>, topk<dtype, constrained>.
 BUDGETS = {
     rf"forward<{HALF}, \d+, 0>": Budget(32, 8, ATTENTION, fragments=0.63),
     rf"forward<{HALF}, \d+, 1>": Budget(128, 2, ATTENTION, fragments=0.63),
@@ -75,7 +75,7 @@ BUDGETS = {
     r"(shrink|gradient)_kernel<\w+, 64>": Budget(256, 1, TILES, fragments=0.67, steady=True),
     r"sort_kernel": Budget(256, 8),
     r"add_kernel<\w+>": Budget(256, 8),
-    r"topk<\w+>": Budget(512, 2, TOPK),
+    r"topk<\w+, (true|false)>": Budget(512, 2, TOPK),
 }
 
 

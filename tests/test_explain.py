@@ -37,6 +37,9 @@ def test_lora_and_beam() -> None:
     assert plan.flops == 2 * 5 * (64 * 32 + 8 * 96)
     beam = fk.explain("beam_topk", torch.randn(1, 4, 1000), torch.zeros(1, 4), 8)
     assert beam.bytes >= 4 * 1000 * 4 and beam.tile["chunk"] > 0
+    trie, nodes = fk.Trie.from_sequences([[1, 2]]), torch.zeros(1, 4, dtype=torch.int64)
+    call = (torch.randn(1, 4, 1000), torch.zeros(1, 4), 8)
+    assert fk.explain("beam_topk", *call, trie=trie, nodes=nodes).bytes == beam.bytes
 
 
 @pytest.mark.parametrize(

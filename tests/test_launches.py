@@ -92,3 +92,9 @@ def test_beam_topk(launched: Callable[..., int]) -> None:
     for beams, vocab in ((1, 50), (4, 5000), (64, 900)):
         logits = torch.randn(2, beams, vocab)
         assert launched(fk.beam_topk, logits, torch.zeros(2, beams), 2 * beams) == 1
+        options = {
+            "trie": fk.Trie.from_sequences([[1, 2], [3]]),
+            "nodes": torch.zeros(2, beams, dtype=torch.int64),
+            "excluded": torch.ones(2, beams, 1, dtype=torch.int64),
+        }
+        assert launched(fk.beam_topk, logits, torch.zeros(2, beams), 2 * beams, **options) == 1

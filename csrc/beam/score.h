@@ -68,6 +68,8 @@ using Candidate = uint64_t;
 FK_HOST_DEVICE inline Candidate candidate(uint32_t ordered, uint32_t flat_index) {
   return static_cast<Candidate>(ordered) << 32 | ~flat_index;
 }
+// Below every candidate: what stands where no more are left (2^32 - 1 is no flat index).
+inline constexpr Candidate kNobody = 0;
 FK_HOST_DEVICE inline uint32_t ordered_of(Candidate c) { return static_cast<uint32_t>(c >> 32); }
 FK_HOST_DEVICE inline uint32_t index_of(Candidate c) { return ~static_cast<uint32_t>(c); }
 

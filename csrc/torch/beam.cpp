@@ -1,5 +1,6 @@
 #include "torch/beam.h"
 
+#include "beam/constraints.h"
 #include "beam/gpu.h"
 #include "beam/kernels.h"
 #include "torch/device.h"
@@ -13,6 +14,57 @@ void check_beams(const Tensor& t, const Tensor& logits, const char* name) {
                       t.size(0) == logits.size(0) && t.size(1) == logits.size(1),
                   "beam_topk: ", name,
                   " must be float32, contiguous, of the logits' (batch, beams)");
+}
+
+const int64_t* beam_integers(const Tensor& t, const Tensor& logits, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == dim && t.is_contiguous() &&
+                      t.size(0) == logits.size(0) && t.size(1) == logits.size(1) &&
+                      t.is_cuda() == logits.is_cuda(),
+                  "beam_topk: ", name,
+                  " must be int64, contiguous, of the logits' (batch, beams) and device");
+  return t.const_data_ptr<int64_t>();
+}
+
+const int32_t* trie_part(const std::optional<Tensor>& t, const Tensor& logits) {
+  const bool good = t.has_value() && t->scalar_type() == ScalarType::Int && t->dim() == 1 &&
+                    t->is_contiguous() && t->is_cuda() == logits.is_cuda();
+  STD_TORCH_CHECK(good, "beam_topk: the trie must be 1-D contiguous int32 on the logits' device");
+  return t->const_data_ptr<int32_t>();
+}
+
+void set_constraints(beam::TopkParams& p, const Tensor& logits,
+                     const std::optional<Tensor>& excluded, const std::optional<Tensor>& nodes,
+                     const std::optional<Tensor>& starts, const std::optional<Tensor>& tokens) {
+  beam::Constraints& c = p.constraints;
+  if (excluded.has_value() && excluded->numel() > 0) {
+    c.excluded = beam_integers(*excluded, logits, 3, "excluded");
+    c.excluded_count = excluded->size(2);
+  }
+  if (!nodes.has_value()) return;
+  c.nodes = beam_integers(*nodes, logits, 2, "nodes");
+  c.trie_starts = trie_part(starts, logits);
+  c.trie_tokens = trie_part(tokens, logits);
+  c.trie_nodes = starts->numel() - 1;
+  c.trie_edges = tokens->numel();
+}
+
+// What lies in memory that an adapter may read. A node's tokens ascend, so two of them tell.
+void check_indices(const beam::TopkParams& p) {
+  const beam::Constraints& c = p.constraints;
+  const int64_t beams = p.batch * p.beams;
+  for (int64_t i = 0; i < beams * c.excluded_count; ++i) {
+    STD_TORCH_CHECK(c.excluded[i] >= -1 && c.excluded[i] < p.vocab,
+                    "beam_topk: excluded must hold tokens below V = ", p.vocab, ", or -1, got ",
+                    c.excluded[i]);
+  }
+  for (int64_t b = 0; c.nodes != nullptr && b < beams; ++b) {
+    STD_TORCH_CHECK(c.nodes[b] >= -1 && c.nodes[b] < c.trie_nodes,
+                    "beam_topk: nodes must hold nodes of the trie, below ", c.trie_nodes,
+                    ", or -1, got ", c.nodes[b]);
+    const beam::Children own = beam::children_of(c, b);
+    STD_TORCH_CHECK(own.count == 0 || (own.tokens[0] >= 0 && own.tokens[own.count - 1] < p.vocab),
+                    "beam_topk: trie must hold tokens below V = ", p.vocab);
+  }
 }
 
 void run(const beam::TopkParams& p, const Tensor& logits, const Tensor& beam_scores) {
@@ -30,7 +82,11 @@ void run(const beam::TopkParams& p, const Tensor& logits, const Tensor& beam_sco
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk(Tensor logits, Tensor beam_scores, int64_t k,
-                                                     std::optional<Tensor> logsumexp) {
+                                                     std::optional<Tensor> logsumexp,
+                                                     std::optional<Tensor> excluded,
+                                                     std::optional<Tensor> nodes,
+                                                     std::optional<Tensor> trie_starts,
+                                                     std::optional<Tensor> trie_tokens) {
   STD_TORCH_CHECK(logits.dim() == 3, "beam_topk: logits must have 3 dimensions");
   beam::TopkParams p;
   p.dtype = dtype_of(logits);
@@ -45,6 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk(Tensor logits, Tensor beam_
                   "beam_topk: k must be between 1 and beams * vocabulary, below 2^32, got ", k);
   check_beams(beam_scores, logits, "beam_scores");
   if (logsumexp.has_value()) check_beams(*logsumexp, logits, "logsumexp");
+  set_constraints(p, logits, excluded, nodes, trie_starts, trie_tokens);
+  if (host_readable(logits)) check_indices(p);
 
   Tensor scores = empty<2>(logits, {p.batch, k}, ScalarType::Float);
   Tensor tokens = empty<2>(logits, {p.batch, k}, ScalarType::Long);

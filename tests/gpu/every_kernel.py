@@ -94,6 +94,14 @@ def beam(dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
         logits = draw(2, beams, vocab, dtype=dtype)
         best = fk.beam_topk(logits, -torch.rand(2, beams), k)
         yield [best.scores, best.logsumexp]
+        trie = fk.Trie.from_sequences(torch.randint(0, vocab, (400, 2)))
+        nodes = torch.randint(0, 300, (2, beams))
+        excluded = torch.randint(-1, vocab, (2, beams, 7))
+        for options in ({}, {"logsumexp": best.logsumexp}):
+            some = fk.beam_topk(
+                logits, best.logsumexp, k, trie=trie, nodes=nodes, excluded=excluded, **options
+            )
+            yield [some.scores[some.tokens >= 0], some.logsumexp]
 
 
 def everything() -> Iterator[tuple[str, Sequence[Tensor]]]:

@@ -44,6 +44,8 @@ inline uint32_t kth_greatest(std::vector<uint32_t> values, int64_t k) {
 struct Threshold {
   uint32_t ordered = 0;
   int64_t ties = 0;
+
+  bool passes(uint32_t best) const { return best > ordered || (best == ordered && ties > 0); }
 };
 
 inline uint32_t kth_greatest(const Candidate* candidates, int64_t n, int64_t k) {
@@ -85,15 +87,18 @@ struct Candidates {
   }
 };
 
-// Adds the candidates of one chunk; `first` is the flat index of its first element.
-template <class T>
-void gather_chunk(const T* logits, int64_t count, int64_t first, const Normaliser& n,
-                  Threshold& threshold, Candidates& out) {
+// Adds the candidates among some logits in flat order. `index_of(i)`: logit i's flat index, or -1
+// where it is not allowed; asked of those alone whose score passes.
+template <class T, class Index>
+void gather_chunk(const T* logits, int64_t count, const Normaliser& n, Threshold& threshold,
+                  Candidates& out, Index&& index_of) {
   const auto consider = [&](float logit, int64_t i) {
     const uint32_t value = beam::ordered(beam::score(logit, n));
     if (value < threshold.ordered) return;
+    const int64_t index = index_of(i);
+    if (index < 0) return;
     if (value == threshold.ordered && threshold.ties-- <= 0) return;
-    out.add(value, first + i);
+    out.add(value, index);
   };
   const VecF shift = broadcast(n.shift), log_sum = broadcast(n.log_sum);
   const VecF beam_score = broadcast(n.beam_score), masked = broadcast(-kInf);
@@ -113,8 +118,8 @@ void gather_chunk(const T* logits, int64_t count, int64_t first, const Normalise
   for (; i < count; ++i) consider(to_float(logits[i]), i);
 }
 
-// The k best of all the lists' candidates, best first. The lists are in flat order one after the
-// other.
+// The k best of all the lists' candidates, or all, best first. The lists are in flat order one
+// after the other.
 inline std::vector<Candidate> best(const std::vector<Candidates>& lists, int64_t k) {
   std::vector<Candidate> all;
   int64_t total = 0;

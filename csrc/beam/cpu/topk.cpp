@@ -18,12 +18,17 @@
 // above the threshold, and scores equal to it are taken in flat order up to k, so the list stays
 // below k * (chunk + 1) whatever the values are: ascending logits, or all of them equal.
 //
+// Constraints (beam/params.h): excluded tokens leave their chunk before it is ranked, and are
+// passed over when it gives its candidates. With a trie there is neither chunk nor threshold: the
+// children of the beams' nodes give the candidates, and the scan serves the log-sum-exp alone.
+//
 // Numerics and order: beam/score.h. A choice does not depend on the cut into tasks.
 //
 // Papers: Milakov and Gimelshein (arXiv 1805.02867), one pass for softmax and top-k; Gaihre et al.,
 // Dr. Top-k (arXiv 2109.08219), selection through the maxima of subranges.
 #include <cmath>
 
+#include "beam/cpu/constraints.h"
 #include "beam/cpu/scan.h"
 #include "beam/cpu/select.h"
 #include "beam/kernels.h"
@@ -41,30 +46,52 @@ template <class T>
 class Topk {
  public:
   Topk(const TopkParams& params, const Threads& threads)
-      : p(params), plan(plan_topk(params, threads.count)), threads(threads) {
+      : p(params),
+        plan(plan_topk(params, threads.count)),
+        threads(threads),
+        excluded(params.constraints, params.batch * params.beams),
+        children(children_of_all(params.constraints, params.batch * params.beams)) {
     this->threads.count = plan.workers;
     const int64_t stats = p.batch * p.beams * plan.padded_chunks;
     greatest.reset(new float[stats]);
     sums.reset(new float[stats]);
+    if (excluded.any()) allowed.reset(new uint32_t[stats]);
+    if (by_trie() && has_stats()) make_room_for_children();
     rows.resize(p.batch);
   }
 
   void run() {
-    threads.run(p.batch * p.beams * plan.slices,
-                [&](int64_t task, int) { scan(task / plan.slices, task % plan.slices); });
+    if (excluded.any()) {
+      threads.run(p.batch * p.beams, [&](int64_t beam, int) { excluded.sort(beam); });
+    }
+    if (has_stats()) {
+      threads.run(p.batch * p.beams * plan.slices,
+                  [&](int64_t task, int) { scan(task / plan.slices, task % plan.slices); });
+    }
     threads.run(p.batch, [&](int64_t row, int) { rank(row); });
-    threads.run(p.batch * plan.segments,
-                [&](int64_t task, int) { gather(task / plan.segments, task % plan.segments); });
+    threads.run(p.batch * plan.segments, [&](int64_t task, int) {
+      const int64_t row = task / plan.segments, segment = task % plan.segments;
+      by_trie() ? gather_by_trie(row, segment) : gather(row, segment);
+    });
     threads.run(p.batch, [&](int64_t row, int) { choose(row); });
   }
 
  private:
   struct Row {
     std::vector<Normaliser> beams;
-    std::vector<uint32_t> chunk_best;  // (beams, chunks), ordered scores
+    std::vector<uint32_t> chunk_best;  // (beams, chunks), ordered scores, where by_chunks()
     uint32_t threshold = 0;            // 0: every element is a candidate
     std::vector<Candidates> segments;
   };
+
+  bool by_trie() const { return p.constraints.nodes != nullptr; }
+  // Of chunks: children alone need none where the log-sum-exp is given.
+  bool has_stats() const { return !by_trie() || p.given_logsumexp == nullptr; }
+  bool takes_all(int64_t beam) const { return !by_trie() || children[beam].count == p.vocab; }
+  // Whether a beam's chunks are ranked: not where it has so few children that all are looked at.
+  bool by_chunks(int64_t beam) const {
+    return has_stats() && (!by_trie() || children[beam].count >= kChunk / 8 * plan.chunks);
+  }
 
   const T* beam_logits(int64_t beam) const {  // counted over the whole batch
     return static_cast<const T*>(p.logits) + beam / p.beams * p.batch_stride +
@@ -77,16 +104,41 @@ class Topk {
     float* sum = sums.get() + beam * plan.padded_chunks;
     const int64_t end = std::min(p.vocab, (slice + 1) * kSlice);
     int64_t chunk = slice * (kSlice / kChunk);
+    Tokens without = between(excluded.of(beam), slice * kSlice, end);
     for (int64_t i = slice * kSlice; i < end; i += kChunk, ++chunk) {
-      const ChunkStats stats =
-          scan_chunk(logits + i, std::min(kChunk, end - i), p.given_logsumexp == nullptr);
+      const int64_t count = std::min(kChunk, end - i);
+      const ChunkStats stats = scan_chunk(logits + i, count, p.given_logsumexp == nullptr);
       top[chunk] = stats.greatest;
       sum[chunk] = stats.sum;
+      if (allowed == nullptr) continue;
+      size_t own = 0;
+      while (own < without.size() && without[own] < i + count) ++own;
+      allowed[beam * plan.padded_chunks + chunk] =
+          greatest_without(without.first(own), logits + i, count, i, stats.greatest);
+      without = without.subspan(own);
     }
+    if (picked != nullptr) pick_children(beam, slice * kSlice, end);
     if (slice + 1 == plan.slices) {
       std::fill(top + plan.chunks, top + plan.padded_chunks, -kInf);
       std::fill(sum + plan.chunks, sum + plan.padded_chunks, 0.f);
     }
+  }
+
+  void make_room_for_children() {
+    places.assign(children.size() + 1, 0);
+    for (size_t beam = 0; beam < children.size(); ++beam) {
+      places[beam + 1] = places[beam] + (by_chunks(beam) ? 0 : children[beam].count);
+    }
+    picked.reset(new float[places.back()]);
+  }
+
+  // Of a slice just scanned: from the cache, where a later step would wait for each logit.
+  void pick_children(int64_t beam, int64_t begin, int64_t end) {
+    if (by_chunks(beam)) return;
+    const beam::Children& all = children[beam];
+    const beam::Children own = plan.slices == 1 ? all : between(all, begin, end);
+    float* to = picked.get() + places[beam] + (own.tokens - all.tokens);
+    topk::pick(beam_logits(beam), p.vocab, own, to);
   }
 
   // The log-sum-exp of a beam from its chunks.
@@ -115,22 +167,34 @@ class Topk {
     return {shift, static_cast<float>(log_sum), beam_score};
   }
 
+  // The best score of each of a beam's chunks, ordered; 0 where a chunk has no candidate.
+  void rank_chunks(int64_t beam, const Normaliser& n, uint32_t* best) const {
+    const int64_t at = beam * plan.padded_chunks;
+    for (int64_t c = 0; allowed == nullptr && c < plan.chunks; ++c) {
+      best[c] = beam::ordered(beam::score(greatest[at + c], n));
+    }
+    for (int64_t c = 0; allowed != nullptr && c < plan.chunks; ++c) {
+      const float logit = beam::score_of(allowed[at + c]);
+      best[c] = allowed[at + c] == 0 ? 0 : beam::ordered(beam::score(logit, n));
+    }
+  }
+
   void rank(int64_t r) {
     Row& row = rows[r];
     row.beams.resize(p.beams);
     row.chunk_best.resize(p.beams * plan.chunks);
     row.segments.resize(plan.segments);
+    std::vector<uint32_t> reached;  // by one candidate each
     for (int64_t b = 0; b < p.beams; ++b) {
       const int64_t beam = r * p.beams + b;
       row.beams[b] = normaliser(beam);
-      const float* top = greatest.get() + beam * plan.padded_chunks;
-      for (int64_t c = 0; c < plan.chunks; ++c) {
-        row.chunk_best[b * plan.chunks + c] = beam::ordered(beam::score(top[c], row.beams[b]));
-      }
+      if (!by_chunks(beam)) continue;
+      uint32_t* best = row.chunk_best.data() + b * plan.chunks;
+      rank_chunks(beam, row.beams[b], best);
+      if (takes_all(beam)) reached.insert(reached.end(), best, best + plan.chunks);
     }
-    const int64_t chunks = p.beams * plan.chunks;
-    if (chunks >= p.k) {
-      row.threshold = kth_greatest(row.chunk_best, p.k);
+    if (static_cast<int64_t>(reached.size()) >= p.k) {
+      row.threshold = kth_greatest(std::move(reached), p.k);
     }
   }
 
@@ -146,30 +210,89 @@ class Topk {
     out.reserve(std::min(above * kChunk + p.k, 4 * p.k + 8 * kChunk) + kChunk);
     Threshold threshold{row.threshold, p.k};
     for (int64_t i = begin; i < end; ++i) {
-      const bool tie = row.chunk_best[i] == row.threshold && threshold.ties > 0;
-      if (row.chunk_best[i] <= row.threshold && !tie) continue;
+      if (!threshold.passes(row.chunk_best[i])) continue;
       out.make_room(kChunk, p.k, threshold);
-      const int64_t b = i / plan.chunks, first = i % plan.chunks * kChunk;
-      gather_chunk(beam_logits(r * p.beams + b) + first, std::min(kChunk, p.vocab - first),
-                   b * p.vocab + first, row.beams[b], threshold, out);
+      gather_whole(r * p.beams + i / plan.chunks, i % plan.chunks, threshold, out);
     }
+  }
+
+  void gather_whole(int64_t beam, int64_t chunk, Threshold& threshold, Candidates& out) {
+    const int64_t b = beam % p.beams, first = chunk * kChunk, flat = b * p.vocab + first;
+    const Tokens without = excluded.of(beam);
+    gather_chunk(beam_logits(beam) + first, std::min(kChunk, p.vocab - first),
+                 rows[beam / p.beams].beams[b], threshold, out,
+                 [&](int64_t j) { return holds(without, first + j) ? -1 : flat + j; });
+  }
+
+  // The same of the children of a run of beams. Little room: the threshold rises early.
+  void gather_by_trie(int64_t r, int64_t segment) {
+    Candidates& out = rows[r].segments[segment];
+    const int64_t begin = r * p.beams + p.beams * segment / plan.segments;
+    const int64_t end = r * p.beams + p.beams * (segment + 1) / plan.segments;
+    int64_t most = 0;
+    for (int64_t beam = begin; beam < end; ++beam) most += children[beam].count;
+    out.reserve(std::min(most, 2 * p.k + kChunk) + kChunk);
+    Threshold threshold{rows[r].threshold, p.k};
+    for (int64_t beam = begin; beam < end; ++beam) {
+      if (by_chunks(beam)) {
+        gather_by_chunks(beam, threshold, out);
+        continue;
+      }
+      const beam::Children& all = children[beam];
+      for (int64_t i = 0; i < all.count; i += kChunk) {
+        const float* logits = picked == nullptr ? nullptr : picked.get() + places[beam] + i;
+        const beam::Children some{all.tokens + i, std::min(kChunk, all.count - i)};
+        gather_some(beam, some, logits, threshold, out);
+      }
+    }
+  }
+
+  // A chunk's best score bounds that of the children in it.
+  void gather_by_chunks(int64_t beam, Threshold& threshold, Candidates& out) {
+    const uint32_t* best = rows[beam / p.beams].chunk_best.data() + beam % p.beams * plan.chunks;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      if (!threshold.passes(best[chunk])) continue;
+      if (takes_all(beam)) {
+        out.make_room(kChunk, p.k, threshold);
+        gather_whole(beam, chunk, threshold, out);
+      } else {
+        const int64_t first = chunk * kChunk;
+        const beam::Children some = between(children[beam], first, first + kChunk);
+        gather_some(beam, some, nullptr, threshold, out);
+      }
+    }
+  }
+
+  // At most kChunk children, and their logits where the scan has picked them.
+  void gather_some(int64_t beam, const beam::Children& some, const float* logits,
+                   Threshold& threshold, Candidates& out) {
+    float own[kChunk];
+    if (logits == nullptr) {
+      topk::pick(beam_logits(beam), p.vocab, some, own);
+      logits = own;
+    }
+    out.make_room(kChunk, p.k, threshold);
+    const int64_t b = beam % p.beams;
+    gather_children(some, logits, p.vocab, b * p.vocab, excluded.of(beam),
+                    rows[beam / p.beams].beams[b], threshold, out);
   }
 
   void choose(int64_t r) {
     const std::vector<Candidate> chosen = best(rows[r].segments, p.k);
-    for (int64_t i = 0; i < p.k; ++i) {
-      const uint32_t index = beam::index_of(chosen[i]);
-      p.scores[r * p.k + i] = beam::score_of(beam::ordered_of(chosen[i]));
-      p.parents[r * p.k + i] = index / p.vocab;
-      p.tokens[r * p.k + i] = index % p.vocab;
-    }
+    const int64_t count = chosen.size();
+    for (int64_t i = 0; i < p.k; ++i) put(p, r * p.k + i, i < count ? chosen[i] : beam::kNobody);
     rows[r] = Row();
   }
 
   const TopkParams& p;
   const Plan plan;
   Threads threads;
+  Excluded excluded;
+  std::vector<beam::Children> children;
+  std::vector<int64_t> places;  // of a beam's children in `picked`
+  std::unique_ptr<float[]> picked;
   std::unique_ptr<float[]> greatest, sums;  // (batch * beams, padded chunks)
+  std::unique_ptr<uint32_t[]> allowed;      // the same: greatest of those not excluded, ordered
   std::vector<Row> rows;
 };
 

@@ -48,16 +48,27 @@ FK_DEVICE void values(const uint4& v, float (&x)[8], T) {
   }
 }
 
-// Calls f(x, element) for all that this lane holds.
-template <class T, class F>
-FK_DEVICE void each_element(const Chunk<T>& chunk, F&& f) {
+// Which of a lane's elements count: all, or those whose bit is set (allowed.h).
+struct AllElements {};
+FK_DEVICE bool has(AllElements, int) { return true; }
+FK_DEVICE bool has(uint32_t mask, int i) { return mask >> i & 1; }
+
+// Calls f(x, element) for all that this lane holds and the mask has.
+template <class T, class Mask, class F>
+FK_DEVICE void each_element(const Chunk<T>& chunk, Mask mask, F&& f) {
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) {
     float x[kPerVector<T>];
     values(chunk.v[j], x, T{});
 #pragma unroll
-    for (int i = 0; i < kPerVector<T>; ++i) f(x[i], first_element<T>(j) + i);
+    for (int i = 0; i < kPerVector<T>; ++i) {
+      if (has(mask, j * kPerVector<T> + i)) f(x[i], first_element<T>(j) + i);
+    }
   }
+}
+template <class T, class F>
+FK_DEVICE void each_element(const Chunk<T>& chunk, F&& f) {
+  each_element(chunk, AllElements(), f);
 }
 
 // 16 bytes from p, which lies `skew` bytes behind a multiple of 16.

@@ -39,39 +39,69 @@ struct SpanSum {
   }
 };
 
-// The warp's greatest, NaN passed over.
+// The warp's greatest, ordered, NaN passed over.
 template <class T>
-FK_DEVICE float chunk_max(const Chunk<T>& chunk) {
+FK_DEVICE uint32_t chunk_max(const Chunk<T>& chunk) {
   float greatest = -kInfinity;
   each_element(chunk, [&](float x, uint32_t) { greatest = fmaxf(greatest, x); });
-  return score_of(__reduce_max_sync(ptx::kAllLanes, ordered(greatest)));
+  return __reduce_max_sync(ptx::kAllLanes, ordered(greatest));
 }
 
-// Chunks [begin, end) of a beam. A chunk that holds NaN, or +inf where sums are wanted, has the
-// maximum NaN: so has every score of such a beam but those of -inf.
+// The warp's greatest of the elements in the mask, ordered, NaN above all; 0 where there is none.
 template <class T>
+FK_DEVICE uint32_t greatest_allowed(const Chunk<T>& chunk, uint32_t mask) {
+  uint32_t greatest = 0;
+  each_element(chunk, mask, [&](float x, uint32_t) { greatest = max(greatest, ordered(x)); });
+  return __reduce_max_sync(ptx::kAllLanes, greatest);
+}
+
+// Chunks [begin, end) of a beam. `masks(i)`: which elements of chunk i the beam may take; a chunk's
+// maximum, ordered, is theirs. Without constraints, a chunk that holds NaN, or +inf where sums are
+// wanted, has the maximum NaN: so has every score of such a beam but those of -inf.
+template <bool kConstrained, class T, class Masks>
 FK_DEVICE void scan_span(const T* row, int64_t vocab, uint32_t begin, uint32_t end, bool want_sum,
-                         uint32_t* maxima, float2* span) {
+                         const Masks& masks, uint32_t* maxima, float2* span) {
   const bool leader = ptx::lane_id() == 0;
   SpanSum total;
   Chunk<T> chunk, next;
   load_chunk(next, row, begin, vocab);
   for (uint32_t i = begin; i < end; ++i) {
+    const auto mask = masks(i);  // while few registers are taken
     chunk = next;
     if (i + 1 < end) load_chunk(next, row, i + 1, vocab);
-    const float greatest = chunk_max(chunk);
+    uint32_t best = chunk_max(chunk);
     float probe = 0.f;  // NaN where a logit is
     if (want_sum) {
-      probe = total.add(chunk, greatest);
+      probe = total.add(chunk, score_of(best));
     } else {
       each_element(chunk, [&](float x, uint32_t) { probe = x != x ? x : probe; });
     }
-    const bool bad = __any_sync(ptx::kAllLanes, probe != probe);
-    if (leader) maxima[i] = __float_as_uint(bad ? kNaN : greatest);
+    if constexpr (kConstrained) {
+      best = greatest_allowed(chunk, mask);
+    } else if (__any_sync(ptx::kAllLanes, probe != probe)) {
+      best = ordered(kNaN);
+    }
+    if (leader) maxima[i] = best;
   }
   if (!want_sum) return;
   const float sum = warp_sum(total.sum);
   if (leader) *span = {total.greatest, sum};
+}
+
+// The maxima alone: of a chunk in which nothing is allowed no logit is read.
+template <class T, class Masks>
+FK_DEVICE void scan_allowed(const T* row, int64_t vocab, uint32_t begin, uint32_t end,
+                            const Masks& masks, uint32_t* maxima) {
+  for (uint32_t i = begin; i < end; ++i) {
+    const uint32_t mask = masks(i);
+    uint32_t best = 0;
+    if (__any_sync(ptx::kAllLanes, mask != 0)) {
+      Chunk<T> chunk;
+      load_chunk(chunk, row, i, vocab);
+      best = greatest_allowed(chunk, mask);
+    }
+    if (ptx::lane_id() == 0) maxima[i] = best;
+  }
 }
 
 // A beam's log-sum-exp from its spans, by one warp.

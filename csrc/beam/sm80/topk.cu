@@ -19,6 +19,11 @@
 //            k > 2048, keeps the rest in the workspace: the same code, other pointers
 //   pipe     registers: the next chunk's loads are under way while one is reduced
 //
+// Constraints (beam/params.h): a second form of the kernel masks both passes over a chunk
+// (allowed.h; 1 KiB of shared memory more): its maximum is that of the elements that the beam may
+// take. Where fewer than k are left the threshold falls to nothing, and the places behind them hold
+// nobody.
+//
 // Numerics and order: beam/score.h, the CPU kernels' own. Sums run in a fixed order (lanes of a
 // span, spans of a beam), so a row's bits depend on neither its batch, the GPU nor an address.
 //
@@ -29,12 +34,15 @@
 // Papers: Milakov and Gimelshein (arXiv 1805.02867), one pass for softmax and top-k; Gaihre et al.,
 // Dr. Top-k (arXiv 2109.08219), selection through the maxima of subranges.
 #include "beam/gpu.h"
+#include "beam/sm80/allowed.h"
 #include "beam/sm80/plan.h"
 #include "beam/sm80/scan.h"
 #include "beam/sm80/select.h"
 #include "beam/sm80/tickets.h"
 #include "ptx/global.h"
 #include "ptx/launch.h"
+
+#include <type_traits>
 
 namespace flashkern {
 namespace beam::sm80 {
@@ -51,6 +59,13 @@ struct Storage {
   bool last;
 };
 
+struct ConstrainedStorage : Storage {
+  uint32_t allowed[kWarps][kMaskWords];
+};
+
+template <bool kConstrained>
+using StorageOf = std::conditional_t<kConstrained, ConstrainedStorage, Storage>;
+
 struct Arguments {
   TopkParams problem;
   Plan plan;
@@ -59,18 +74,22 @@ struct Arguments {
 };
 
 // A batch row: its logits, its part of the workspace, and shared memory where that is enough.
-template <class T>
+template <class T, bool kConstrained>
 struct Row {
+  const Constraints& constraints;
+  uint32_t* allowed_words = nullptr;  // the warp's own
   const T* logits;
   int64_t beam_stride, vocab;
   uint32_t index, beams, chunks, spans, total_chunks;  // chunks, spans: of a beam
-  uint32_t* maxima;                                    // (beams, chunks): floats
+  uint32_t* maxima;                                    // (beams, chunks): logits, ordered; 0: none
   float2* span_sums;                                   // (beams, spans)
   Normaliser* normalisers;
   uint32_t *keys, *chosen;  // ordered scores of chunks; chunks to be read again
   Candidate* candidates;
 
-  FK_DEVICE Row(const Arguments& args, Storage& shared, uint32_t row) {
+  FK_DEVICE Row(const Arguments& args, StorageOf<kConstrained>& shared, uint32_t row)
+      : constraints(args.problem.constraints) {
+    if constexpr (kConstrained) allowed_words = shared.allowed[ptx::warp_id()];
     const TopkParams& p = args.problem;
     const Plan& plan = args.plan;
     unsigned char* own = args.workspace + plan.layout.ticket_bytes + row * plan.layout.row_bytes;
@@ -90,18 +109,36 @@ struct Row {
   }
 
   FK_DEVICE const T* beam(uint32_t b) const { return logits + b * beam_stride; }
+
+  // Which of this lane's elements of a chunk beam b may take.
+  FK_DEVICE auto mask(uint32_t b, uint32_t chunk) const {
+    if constexpr (kConstrained) {
+      const int64_t at = int64_t{index} * beams + b;
+      return allowed<T>(constraints, allowed_words, at, chunk * kChunk, vocab);
+    } else {
+      return AllElements();
+    }
+  }
 };
 
-template <class T>
-FK_DEVICE void scan(const Arguments& args, const Row<T>& row, uint32_t split) {
+template <class T, bool kConstrained>
+FK_DEVICE void scan(const Arguments& args, const Row<T, kConstrained>& row, uint32_t split) {
   const uint32_t begin = split * args.plan.split_spans;
   const uint32_t end = min(begin + args.plan.split_spans, args.plan.row_spans);
   const bool want_sum = args.problem.given_logsumexp == nullptr;
   for (uint32_t i = begin + ptx::warp_id(); i < end; i += kWarps) {
     const uint32_t beam = i / row.spans, first = i % row.spans * kSpanChunks;
     const uint32_t last = min(first + static_cast<uint32_t>(kSpanChunks), row.chunks);
-    scan_span(row.beam(beam), row.vocab, first, last, want_sum, row.maxima + beam * row.chunks,
-              row.span_sums + i);
+    uint32_t* maxima = row.maxima + beam * row.chunks;
+    const auto masks = [&](uint32_t chunk) { return row.mask(beam, chunk); };
+    if constexpr (kConstrained) {
+      if (!want_sum) {
+        scan_allowed(row.beam(beam), row.vocab, first, last, masks, maxima);
+        continue;
+      }
+    }
+    scan_span<kConstrained>(row.beam(beam), row.vocab, first, last, want_sum, masks, maxima,
+                            row.span_sums + i);
   }
 }
 
@@ -119,8 +156,8 @@ FK_DEVICE bool comes_last(const Arguments& args, Storage& shared, uint32_t row) 
   return shared.last;
 }
 
-template <class T>
-FK_DEVICE void normalise(const Arguments& args, const Row<T>& row) {
+template <class T, bool kConstrained>
+FK_DEVICE void normalise(const Arguments& args, const Row<T, kConstrained>& row) {
   const TopkParams& p = args.problem;
   for (uint32_t b = ptx::warp_id(); b < row.beams; b += kWarps) {
     const int64_t at = int64_t{row.index} * row.beams + b;
@@ -140,16 +177,17 @@ FK_DEVICE void normalise(const Arguments& args, const Row<T>& row) {
 
 // Chooses the chunks to read again: at least those with the k best greatest logits. Returns a
 // candidate that at least k elements reach, all of them in these chunks.
-template <class T>
-FK_DEVICE Candidate rank(const Arguments& args, Storage& shared, const Row<T>& row) {
+template <class T, bool kConstrained>
+FK_DEVICE Candidate rank(const Arguments& args, Storage& shared, const Row<T, kConstrained>& row) {
   const uint32_t k = args.problem.k;
   const bool all = row.total_chunks < k;
   for (uint32_t c = threadIdx.x; c < row.total_chunks; c += kThreads) {
     if (all) {
       row.chosen[c] = c;
     } else {
-      const float greatest = __uint_as_float(row.maxima[c]);
-      row.keys[c] = ordered(score(greatest, row.normalisers[c / row.chunks]));
+      const uint32_t best = row.maxima[c];
+      const Normaliser n = row.normalisers[c / row.chunks];
+      row.keys[c] = kConstrained && best == 0 ? 0 : ordered(score(score_of(best), n));
     }
   }
   if (threadIdx.x == 0) shared.count = all ? row.total_chunks : 0;
@@ -177,8 +215,8 @@ FK_DEVICE Candidate rank(const Arguments& args, Storage& shared, const Row<T>& r
 
 // Calls f for this lane's elements of the warp's share of the chosen chunks, `more()` before each
 // chunk; stops where it says no. All lanes of a warp get there together.
-template <class T, class F, class More>
-FK_DEVICE void each_chosen(const Row<T>& row, uint32_t count, F&& f, More&& more) {
+template <class T, bool kConstrained, class F, class More>
+FK_DEVICE void each_chosen(const Row<T, kConstrained>& row, uint32_t count, F&& f, More&& more) {
   const uint32_t warp = ptx::warp_id();
   for (uint32_t i = warp; i < count && more(); i += kWarps) {
     const uint32_t c = row.chosen[i], beam = c / row.chunks;
@@ -186,17 +224,19 @@ FK_DEVICE void each_chosen(const Row<T>& row, uint32_t count, F&& f, More&& more
     const uint32_t flat = beam * row.vocab + start;
     const uint32_t left = min(kChunk, row.vocab - start);
     const Normaliser n = row.normalisers[beam];
+    const auto mask = row.mask(beam, c % row.chunks);
     Chunk<T> chunk;
     load_chunk(chunk, row.beam(beam), c % row.chunks, row.vocab);
-    each_element(chunk, [&](float x, uint32_t element) {
+    each_element(chunk, mask, [&](float x, uint32_t element) {
       if (element < left) f(candidate(ordered(score(x, n)), flat + element));
     });
   }
 }
 
-// Collects the candidates that reach `low`, at least k. Returns their number.
-template <class T>
-FK_DEVICE uint32_t gather(const Arguments& args, Storage& shared, const Row<T>& row,
+// Collects the candidates that reach `low`: at least k, or all that there are. Returns their
+// number.
+template <class T, bool kConstrained>
+FK_DEVICE uint32_t gather(const Arguments& args, Storage& shared, const Row<T, kConstrained>& row,
                           Candidate low) {
   const uint32_t k = args.problem.k, capacity = args.plan.capacity, chunks = shared.count;
   const auto elements = [&](auto&& f) { each_chosen(row, chunks, f, [] { return true; }); };
@@ -222,29 +262,24 @@ FK_DEVICE uint32_t gather(const Arguments& args, Storage& shared, const Row<T>& 
   }
 }
 
-template <class T>
-FK_DEVICE void choose(const Arguments& args, const Row<T>& row, uint32_t count) {
+template <class T, bool kConstrained>
+FK_DEVICE void choose(const Arguments& args, const Row<T, kConstrained>& row, uint32_t count) {
   const TopkParams& p = args.problem;
   uint32_t size = 1;
   while (size < count) size *= 2;
-  for (uint32_t i = count + threadIdx.x; i < size; i += kThreads) row.candidates[i] = 0;
+  for (uint32_t i = count + threadIdx.x; i < size; i += kThreads) row.candidates[i] = kNobody;
   __syncthreads();
   sort(row.candidates, size);
-  const uint32_t vocab = p.vocab;
   for (uint32_t i = threadIdx.x; i < p.k; i += kThreads) {
-    const Candidate best = row.candidates[i];
-    const int64_t at = row.index * p.k + i;
-    p.scores[at] = score_of(ordered_of(best));
-    p.parents[at] = index_of(best) / vocab;
-    p.tokens[at] = index_of(best) % vocab;
+    put(p, row.index * p.k + i, i < size ? row.candidates[i] : kNobody);
   }
 }
 
-template <class T>
+template <class T, bool kConstrained>
 __global__ void __launch_bounds__(kThreads, 2) topk(const __grid_constant__ Arguments args) {
-  auto& shared = ptx::shared_storage<Storage>();
+  auto& shared = ptx::shared_storage<StorageOf<kConstrained>>();
   const uint32_t splits = args.plan.splits, index = blockIdx.x / splits;
-  const Row<T> row(args, shared, index);
+  const Row<T, kConstrained> row(args, shared, index);
   scan(args, row, blockIdx.x % splits);
   if (!comes_last(args, shared, index)) return;
   normalise(args, row);
@@ -263,7 +298,12 @@ Plan plan_here(const TopkParams& p) {
 template <class T>
 void launch(const Arguments& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.plan.blocks));
-  ptx::launch(topk<T>, {grid, kThreads, sizeof(Storage)}, stream, args);
+  const Constraints& c = args.problem.constraints;
+  if (c.nodes != nullptr || c.excluded != nullptr) {
+    ptx::launch(topk<T, true>, {grid, kThreads, sizeof(ConstrainedStorage)}, stream, args);
+  } else {
+    ptx::launch(topk<T, false>, {grid, kThreads, sizeof(Storage)}, stream, args);
+  }
 }
 
 }  // namespace
