@@ -27,7 +27,7 @@ def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, 
     outputs = model._prefill(
         input_ids[:: config.num_beams], config, shared, is_first_iteration=first
     )
-    outputs.logits = outputs.logits.repeat_interleave(config.num_beams, dim=0)
+    outputs.logits = outputs.logits[:, -1:].repeat_interleave(config.num_beams, dim=0)
     outputs.past_key_values = _expanded(model, input_ids, config, model_kwargs["past_key_values"])
     return outputs
 
