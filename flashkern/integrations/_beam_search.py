@@ -8,8 +8,8 @@ negative number for "not this one" included: where too few hypotheses finish, su
 what is returned.
 
 Done once instead of ``num_beams`` times: the prompt's forward pass (where the inputs allow it) and
-the read of the logits (:func:`flashkern.beam_topk`, where no logits processor stands in the way).
-Cross-attention caches are not reordered at all: the beams of a prompt share them.
+the read of the logits (:func:`flashkern.beam_topk`, where no logits processor changes more than a
+few of them). Cross-attention caches are not reordered at all: the beams of a prompt share them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flashkern.beam import beam_topk
 from flashkern.integrations._beam_cache import BeamCache
+from flashkern.integrations._penalties import Penalties
 from flashkern.integrations._prefill import prefill
 
 _log = logging.getLogger("flashkern")
@@ -43,8 +44,10 @@ def beam_search(
 
     Gives the tokens, scores and beam indices of transformers' own beam search, and the same draws
     from the same seed with ``do_sample``. Logits processors act on log-probabilities, as they do
-    there; without any, and without ``output_scores`` or sampling, the selection is
-    :func:`flashkern.beam_topk`. The logger ``flashkern`` says at level DEBUG which path runs.
+    there; without ``output_scores`` or sampling, and with none but those that touch few tokens
+    (repetition penalty, no-repeat n-grams, bad words, minimal lengths, suppressed and forced
+    tokens), the selection is :func:`flashkern.beam_topk`. The logger ``flashkern`` says at level
+    DEBUG which path runs.
 
     Args:
         model: a generating model.
@@ -81,7 +84,9 @@ def beam_search(
         raise ValueError("beam_search: low_memory must be False, got True")
     search = _Search(input_ids, config)
     record = _Record(model, config, model_kwargs)
-    fused = not (len(logits_processor) or config.do_sample or record.wants_scores)
+    penalties = Penalties(logits_processor)
+    few = Penalties.know(logits_processor)
+    fused = few and not (config.do_sample or record.wants_scores)
     _log.debug("beam_search: %s selection", "fused" if fused else "processed")
     outputs = prefill(model, input_ids, config, model_kwargs)
     done = False
@@ -98,10 +103,10 @@ def beam_search(
         )
         if not (synced_gpus and done):
             logits = outputs.logits[:, -1, :]
+            best = log_probs = None
             if fused and logits.device.type == "cpu" and logits.dtype in _FUSED_DTYPES:
-                best = search.select(logits)
-                log_probs = None
-            else:
+                best = search.select(logits, penalties, sequences)
+            if best is None:
                 log_probs = logits.to(input_ids.device, torch.float32).log_softmax(-1)
                 log_probs = logits_processor(sequences, log_probs)
                 best = search.select_processed(log_probs)
@@ -161,10 +166,38 @@ class _Search:
     def last_parents(self) -> Tensor:
         return self.running.parents[..., self.length - 1 - self.prompt].flatten()
 
-    def select(self, logits: Tensor) -> _Beams:
-        """The best candidates of all beams, from raw logits (batch * beams, V)."""
-        best = beam_topk(logits.unflatten(0, (-1, self.beams)), self.running.scores, self.kept)
-        return self._extend(best.scores, best.tokens, best.parents)
+    def select(self, logits: Tensor, penalties: Penalties, sequences: Tensor) -> _Beams | None:
+        """The best candidates of all beams, from raw logits (batch * beams, V).
+
+        None where penalties change or rule out too many for that.
+        """
+        if not penalties.touch_few(sequences):
+            return None
+        banned = penalties.banned(sequences)
+        banned = banned.where(banned < logits.shape[1], -1)
+        touched = penalties.touched(sequences, banned, logits.shape[1])
+        excluded = torch.cat([banned, touched], 1)
+        if (logits.shape[1] - excluded.shape[1]) * self.beams < self.kept:
+            return None
+        shape = (-1, self.beams)
+        best = beam_topk(
+            logits.unflatten(0, shape),
+            self.running.scores,
+            self.kept,
+            excluded=excluded.unflatten(0, shape) if excluded.shape[1] else None,
+        )
+        if touched.shape[1] == 0:
+            return self._extend(best.scores, best.tokens, best.parents)
+        found = touched.clamp(min=0)
+        scores = logits.gather(1, found).float() - best.logsumexp.view(-1, 1)
+        scores = penalties.rescored(sequences, touched, scores, logits.shape[1])
+        scores = scores.masked_fill(touched < 0, -torch.inf)
+        scores = (scores + self.running.scores.view(-1, 1)).view(self.batch, -1)
+        merged, index = torch.cat([best.scores, scores], 1).topk(self.kept)
+        beams = torch.arange(self.beams, device=logits.device).repeat_interleave(touched.shape[1])
+        tokens = torch.cat([best.tokens, found.view(self.batch, -1)], 1)
+        parents = torch.cat([best.parents, beams.expand(self.batch, -1)], 1)
+        return self._extend(merged, tokens.gather(1, index), parents.gather(1, index))
 
     def select_processed(self, log_probs: Tensor) -> _Beams:
         """The same from log-probabilities, best first or drawn without replacement."""

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation import GenerationMixin
 
 from flashkern.integrations._beam_search import _Search, beam_search
+from flashkern.integrations._penalties import Penalties
 from tests.integrations.tiny import MODELS, VOCAB
 
 PROMPTS = {"llama": (3, 7), "gpt2": (2, 5), "t5": (2, 6), "bart": (3, 4)}
@@ -114,6 +115,60 @@ def test_processors(processors: dict[str, Any]) -> None:
     compare("llama", prompt("llama"), num_beams=4, eos_token_id=5, **processors)
 
 
+SPARSE: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.7},
+    "reward": {"repetition_penalty": 0.6},
+    "ngrams": {"no_repeat_ngram_size": 2},
+    "words": {"bad_words_ids": [[7], [9, 10], [37, 24, 44], [5]]},
+    "single tokens": {"no_repeat_ngram_size": 1},
+    "minimum": {"min_length": 10, "min_new_tokens": 5},
+    "suppressed": {"suppress_tokens": [1, 2, 3, 40], "begin_suppress_tokens": [30, 31, 32, 33]},
+    "forced": {"forced_bos_token_id": 4, "forced_eos_token_id": 5, "repetition_penalty": 1.3},
+    "many": {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[12], [13, 14]],
+        "min_new_tokens": 4,
+        "suppress_tokens": [50, 51],
+    },
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+@pytest.mark.parametrize("name", ["llama", "bart"])
+@pytest.mark.parametrize("beams", [2, 7])
+def test_penalties_on_the_fused_path(
+    name: str, case: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense: list[int] = []
+    processed = _Search.select_processed
+
+    def counted(self: Any, log_probs: torch.Tensor) -> Any:
+        dense.append(self.length)
+        return processed(self, log_probs)
+
+    monkeypatch.setattr(_Search, "select_processed", counted)
+    options = {**SPARSE[case], "eos_token_id": [5, 11], "num_beams": beams, "max_new_tokens": 12}
+    compare(name, prompt(name), **options)
+    if case != "forced":
+        assert not dense
+    else:
+        assert len(dense) <= 2
+
+
+def test_penalties_of_new_tokens_alone() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=7),
+            RepetitionPenaltyLogitsProcessor(1.2),
+        ]
+    )
+    assert Penalties.know(processors)
+    compare("llama", prompt("llama"), num_beams=4, logits_processor=processors)
+
+
 @pytest.mark.parametrize("beams", [1, 2, 6])
 def test_sampled_beams_draw_the_same(beams: int) -> None:
     for temperature in (0.7, 1.8):
@@ -192,7 +247,8 @@ def test_selection_paths_agree() -> None:
     search = _Search(torch.zeros(8, 3, dtype=torch.long), Config)
     search.running = search.running._replace(scores=torch.randn(2, 4))
     logits = torch.randn(8, VOCAB) * 4
-    fused, processed = search.select(logits), search.select_processed(logits.log_softmax(-1))
+    fused = search.select(logits, Penalties([]), search.sequences())
+    processed = search.select_processed(logits.log_softmax(-1))
     assert torch.equal(fused.tokens, processed.tokens)
     assert torch.equal(fused.parents, processed.parents)
     torch.testing.assert_close(fused.scores, processed.scores, atol=1e-5, rtol=0)
@@ -222,8 +278,10 @@ def test_log_names_the_path(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "flashkern"):
         compare("llama", prompt("llama"), num_beams=2)
         compare("llama", prompt("llama"), num_beams=2, repetition_penalty=1.2)
+        compare("llama", prompt("llama"), num_beams=2, sequence_bias={(5,): 1.0})
     messages = [r.message for r in caplog.records if "selection" in r.message]
-    assert messages == ["beam_search: fused selection", "beam_search: processed selection"]
+    fused, processed = (f"beam_search: {way} selection" for way in ("fused", "processed"))
+    assert messages == [fused, fused, processed]
 
 
 def test_low_memory_is_refused() -> None:
