@@ -71,6 +71,7 @@ EXPLAINED = (
     ("beam/sm80/select.h", r"> is >=", r"stride > 32", "a barrier where a warp's would do"),
     ("beam/sm80/select.h", r"is <=|is >=|- 1", r"range\.(low|high)", EDGE),
     ("beam/sm80/topk.cu", r"min|- 1", r"last = min|end = min|last / row", LOWER),
+    ("beam/sm80/topk.cu", r"if \(false\)", r"!want_sum", SLOWER),
     ("beam/sm80/topk.cu", r"> is >=", r"splits > 1", "draws a ticket that nobody asks for"),
     ("beam/sm80/topk.cu", r"< is <=", r"c < row\.total_chunks", "one more key, on unused words"),
     ("beam/sm80/topk.cu", r"< is <=", r"total_chunks < k", EXACT),
