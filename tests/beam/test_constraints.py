@@ -160,6 +160,14 @@ def test_all_excluded(backend: str, vocab: int, k: int) -> None:
     assert result.tokens[1].tolist() == [2] + [-1] * (k - 1) and result.parents[1, 0] == 1
 
 
+def test_nothing_is_allowed_behind_a_row(backend: str) -> None:
+    """A last chunk of one token, which is excluded, is no candidate: others of -inf are."""
+    logits, token = torch.full((1, 9, 513), -INF), 7
+    excluded = torch.tensor([t for t in range(513) if t != token]).expand(1, 9, 512)
+    result = same(logits, torch.zeros(1, 9), 6, torch.zeros(1, 9), excluded=excluded)
+    assert places(result) == [(-INF, token, beam) for beam in range(6)]
+
+
 def test_no_node_no_candidate(backend: str) -> None:
     logits, trie = torch.randn(2, 3, 700), random_trie(700, 90)
     nodes = torch.full((2, 3), -1)

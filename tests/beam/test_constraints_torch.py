@@ -83,7 +83,11 @@ def test_compile_fullgraph() -> None:
 
 X, S, N = torch.zeros(2, 3, 10), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
 E = torch.zeros(2, 3, 4, dtype=torch.int64)
-TRIE = Trie.from_sequences([[9, 1], [3]])
+
+
+def small() -> Trie:
+    """Made when a test runs: what collects the tests may fork before (tests/faults)."""
+    return Trie.from_sequences([[9, 1], [3]])
 
 
 @pytest.mark.parametrize(
@@ -95,28 +99,32 @@ TRIE = Trie.from_sequences([[9, 1], [3]])
         (ValueError, r"excluded must have shape .* got \(2, 2, 4\)", {"excluded": E[:, 1:]}),
         (ValueError, "excluded must be on device cpu", {"excluded": E.to("meta")}),
         (ValueError, "nodes must come with a trie", {"nodes": N}),
-        (ValueError, "nodes must come with a trie, got None", {"trie": TRIE}),
+        (ValueError, "nodes must come with a trie, got None", {"trie": small}),
         (TypeError, "trie must be a flashkern.Trie, got list", {"trie": [1], "nodes": N}),
-        (TypeError, "nodes must have dtype int64, .*float32", {"trie": TRIE, "nodes": S}),
-        (ValueError, r"nodes must have shape \(B, beams\)", {"trie": TRIE, "nodes": N[0]}),
-        (ValueError, "trie must be on device cpu", {"trie": TRIE.to("meta"), "nodes": N}),
+        (TypeError, "nodes must have dtype int64, .*float32", {"trie": small, "nodes": S}),
+        (ValueError, r"nodes must have shape \(B, beams\)", {"trie": small, "nodes": N[0]}),
+        (
+            ValueError,
+            "trie must be on device cpu",
+            {"trie": lambda: small().to("meta"), "nodes": N},
+        ),
         (
             ValueError,
             "trie must hold tokens below V = 10, got 10",
-            {"trie": Trie.from_sequences([[10]]), "nodes": N},
+            {"trie": lambda: Trie.from_sequences([[10]]), "nodes": N},
         ),
         (RuntimeError, "excluded must hold tokens below V = 10, or -1", {"excluded": E + 10}),
         (RuntimeError, "excluded must hold tokens .* got -2", {"excluded": E - 2}),
-        (RuntimeError, "nodes must hold .* below 4, or -1, got 4", {"trie": TRIE, "nodes": N + 4}),
-        (RuntimeError, "nodes must hold .* got -2", {"trie": TRIE, "nodes": N - 2}),
+        (RuntimeError, "nodes must hold .* below 4, or -1, got 4", {"trie": small, "nodes": N + 4}),
+        (RuntimeError, "nodes must hold .* got -2", {"trie": small, "nodes": N - 2}),
     ],
 )
 def test_messages(error: Any, message: str, options: Any) -> None:
     with pytest.raises(error, match="^beam_topk: " + message):
-        fk.beam_topk(X, S, 1, **options)
+        fk.beam_topk(X, S, 1, **{n: v() if callable(v) else v for n, v in options.items()})
 
 
 def test_k_is_bounded_by_all_candidates(backend: str) -> None:
-    options: dict[str, Any] = {"trie": TRIE, "nodes": N.to(torch.get_default_device())}
+    options: dict[str, Any] = {"trie": small(), "nodes": N.to(torch.get_default_device())}
     with pytest.raises(ValueError, match="k must be between 1 and beams \\* V = 30, got 31"):
         fk.beam_topk(torch.zeros(2, 3, 10), torch.zeros(2, 3), 31, **options)

@@ -18,9 +18,11 @@
 // above the threshold, and scores equal to it are taken in flat order up to k, so the list stays
 // below k * (chunk + 1) whatever the values are: ascending logits, or all of them equal.
 //
-// Constraints (beam/params.h): excluded tokens leave their chunk before it is ranked, and are
-// passed over when it gives its candidates. With a trie there is neither chunk nor threshold: the
-// children of the beams' nodes give the candidates, and the scan serves the log-sum-exp alone.
+// Constraints (beam/params.h): excluded tokens leave their chunk before it is ranked (a third
+// number for each chunk), and are passed over when it gives its candidates. With a trie the
+// children of the beams' nodes are the candidates. Where they are few the scan picks their logits,
+// and all are scored; where they are many their chunks bound them, and where they are all the
+// tokens there are (a root) those chunks make a threshold as without a trie.
 //
 // Numerics and order: beam/score.h. A choice does not depend on the cut into tasks.
 //

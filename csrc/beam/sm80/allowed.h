@@ -54,7 +54,7 @@ FK_DEVICE uint32_t allowed(const Constraints& c, uint32_t* words, int64_t beam, 
       }
       more = __all_sync(ptx::kAllLanes, element < kChunk);
     }
-    __syncwarp();
+    __syncwarp();  // the children's bits are set before some are cleared
   }
   for (int64_t i = lane; i < c.excluded_count; i += 32) {
     const int64_t element = __ldg(c.excluded + beam * c.excluded_count + i) - start;

@@ -78,8 +78,9 @@ FK_DEVICE void scan_span(const T* row, int64_t vocab, uint32_t begin, uint32_t e
     }
     if constexpr (kConstrained) {
       best = greatest_allowed(chunk, mask);
-    } else if (__any_sync(ptx::kAllLanes, probe != probe)) {
-      best = ordered(kNaN);
+    } else {
+      const bool bad = __any_sync(ptx::kAllLanes, probe != probe);
+      if (bad) best = ordered(kNaN);
     }
     if (leader) maxima[i] = best;
   }
@@ -94,8 +95,9 @@ FK_DEVICE void scan_allowed(const T* row, int64_t vocab, uint32_t begin, uint32_
                             const Masks& masks, uint32_t* maxima) {
   for (uint32_t i = begin; i < end; ++i) {
     const uint32_t mask = masks(i);
+    const bool something = __any_sync(ptx::kAllLanes, mask != 0);
     uint32_t best = 0;
-    if (__any_sync(ptx::kAllLanes, mask != 0)) {
+    if (something) {
       Chunk<T> chunk;
       load_chunk(chunk, row, i, vocab);
       best = greatest_allowed(chunk, mask);
