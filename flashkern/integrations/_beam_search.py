@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashkern.beam import beam_topk
+from flashkern._trie import Trie
+from flashkern.beam import DEVICES, beam_topk
 from flashkern.integrations._beam_cache import BeamCache
 from flashkern.integrations._penalties import Penalties
 from flashkern.integrations._prefill import prefill
@@ -38,6 +39,7 @@ def beam_search(
     stopping_criteria: Any,
     generation_config: Any,
     synced_gpus: bool = False,
+    trie: Trie | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Beam search for ``model.generate(..., num_beams=n, custom_generate=beam_search)``.
@@ -56,6 +58,10 @@ def beam_search(
         stopping_criteria: says of candidate sequences whether they end here.
         generation_config: as prepared by ``generate``.
         synced_gpus: go on with forward passes until every process has finished.
+        trie: the token sequences that may follow a prompt (:class:`flashkern.Trie`), as a keyword
+            of ``generate``. End them with an EOS token, or all at ``max_new_tokens``: a beam that
+            has come to a leaf otherwise goes no further. Only beams within the trie finish; where
+            fewer finish than are asked for, others with scores of -1e9 fill up, as they do there.
         model_kwargs: the model's other inputs, one row for each beam.
 
     Returns:
@@ -82,7 +88,7 @@ def beam_search(
     config = generation_config
     if config.low_memory:
         raise ValueError("beam_search: low_memory must be False, got True")
-    search = _Search(input_ids, config)
+    search = _Search(input_ids, config, trie)
     record = _Record(model, config, model_kwargs)
     penalties = Penalties(logits_processor)
     few = Penalties.know(logits_processor)
@@ -104,7 +110,7 @@ def beam_search(
         if not (synced_gpus and done):
             logits = outputs.logits[:, -1, :]
             best = log_probs = None
-            if fused and logits.device.type == "cpu" and logits.dtype in _FUSED_DTYPES:
+            if fused and logits.device.type in DEVICES and logits.dtype in _FUSED_DTYPES:
                 best = search.select(logits, penalties, sequences)
             if best is None:
                 log_probs = logits.to(input_ids.device, torch.float32).log_softmax(-1)
@@ -123,6 +129,7 @@ class _Beams(NamedTuple):
     tokens: Tensor  # (batch, n, max_length), prompt included
     scores: Tensor  # (batch, n)
     parents: Tensor  # (batch, n, max_length - prompt): the row that each token came from, or -1
+    nodes: Tensor | None = None  # (batch, n): where in a trie the running ones are
 
     def take(self, index: Tensor) -> _Beams:
         wide = index.unsqueeze(-1)
@@ -130,14 +137,16 @@ class _Beams(NamedTuple):
             self.tokens.take_along_dim(wide, 1),
             self.scores.gather(1, index),
             self.parents.take_along_dim(wide, 1),
+            None if self.nodes is None else self.nodes.gather(1, index),
         )
 
 
 class _Search:
     """The two sets of beams and what moves between them."""
 
-    def __init__(self, input_ids: Tensor, config: Any) -> None:
+    def __init__(self, input_ids: Tensor, config: Any, trie: Trie | None = None) -> None:
         self.config = config
+        self.trie = None if trie is None else trie.to(input_ids.device)
         self.beams, self.max_length = config.num_beams, config.max_length
         self.batch, self.prompt = input_ids.shape[0] // self.beams, input_ids.shape[1]
         self.length = self.prompt  # of the running sequences
@@ -152,7 +161,8 @@ class _Search:
         scores = torch.zeros(shape, device=device)
         scores[:, 1:] = _NEVER
         never = torch.full(shape, _NEVER, device=device)
-        self.running = _Beams(tokens, scores, parents.to(device))
+        nodes = None if trie is None else torch.zeros(shape, dtype=torch.int64, device=device)
+        self.running = _Beams(tokens, scores, parents.to(device), nodes)
         self.finished = _Beams(tokens.clone(), never, parents.to(device))
         self.is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
         self.improvable = torch.ones((self.batch, 1), dtype=torch.bool, device=device)
@@ -176,8 +186,13 @@ class _Search:
         banned = penalties.banned(sequences)
         banned = banned.where(banned < logits.shape[1], -1)
         touched = penalties.touched(sequences, banned, logits.shape[1])
+        nodes = self.running.nodes
+        if self.trie is not None and nodes is not None:
+            ahead = self.trie.advance(nodes.view(-1, 1), touched)
+            touched = touched.masked_fill(ahead < 0, -1)
         excluded = torch.cat([banned, touched], 1)
-        if (logits.shape[1] - excluded.shape[1]) * self.beams < self.kept:
+        left = (logits.shape[1] - excluded.shape[1]) * self.beams
+        if self.trie is None and left < self.kept:
             return None
         shape = (-1, self.beams)
         best = beam_topk(
@@ -185,6 +200,8 @@ class _Search:
             self.running.scores,
             self.kept,
             excluded=excluded.unflatten(0, shape) if excluded.shape[1] else None,
+            trie=self.trie,
+            nodes=nodes,
         )
         if touched.shape[1] == 0:
             return self._extend(best.scores, best.tokens, best.parents)
@@ -202,6 +219,8 @@ class _Search:
     def select_processed(self, log_probs: Tensor) -> _Beams:
         """The same from log-probabilities, best first or drawn without replacement."""
         vocab = log_probs.shape[-1]
+        if self.trie is not None:
+            log_probs = log_probs.masked_fill(~self._allowed(vocab), -torch.inf)
         total = log_probs.unflatten(0, (-1, self.beams)) + self.running.scores.unsqueeze(-1)
         total = total.flatten(1)
         if self.config.do_sample:
@@ -211,8 +230,20 @@ class _Search:
             scores, index = total.topk(self.kept)
         return self._extend(scores, index % vocab, index // vocab)
 
+    def _allowed(self, vocab: int) -> Tensor:
+        """Which tokens are children of each running beam's node: (rows, V) bool."""
+        trie, nodes = self.trie, self.running.nodes
+        assert trie is not None and nodes is not None
+        rows = nodes.view(-1, 1)
+        tokens = torch.arange(vocab, device=rows.device).expand(len(rows), -1)
+        return trie.advance(rows, tokens) >= 0
+
     def _extend(self, scores: Tensor, tokens: Tensor, parents: Tensor) -> _Beams:
         extended = self.running.take(parents)._replace(scores=scores)
+        if self.trie is not None and extended.nodes is not None:
+            nodes = self.trie.advance(extended.nodes, tokens.where(scores > -torch.inf, -1))
+            extended = extended._replace(nodes=nodes)
+            tokens = tokens.where(tokens >= 0, max(_fill(self.config), 0))
         extended.tokens[:, :, self.length] = tokens
         rows = torch.arange(self.batch, device=parents.device).unsqueeze(1) * self.beams
         extended.parents[:, :, self.length - self.prompt] = (parents + rows).int()
@@ -237,7 +268,7 @@ class _Search:
         for ruled_out in (full, ~self.improvable, ~just_finished):
             scores = scores + ruled_out.float() * _NEVER
         fresh = best._replace(scores=scores)
-        pairs = zip(self.finished, fresh, strict=True)
+        pairs = zip(self.finished[:3], fresh[:3], strict=True)
         merged = _Beams(*(torch.cat(pair, dim=1) for pair in pairs))
         index = merged.scores.topk(self.beams).indices
         self.finished = merged.take(index)
@@ -328,7 +359,7 @@ class _Record:
     def finish(self, search: _Search, model_kwargs: dict[str, Any]) -> Any:
         """The finished beams, best first, cut to the longest; as transformers returns them."""
         count = self.config.num_return_sequences
-        tokens, scores, parents = (value[:, :count].flatten(0, 1) for value in search.finished)
+        tokens, scores, parents = (value[:, :count].flatten(0, 1) for value in search.finished[:3])
         generated = int((parents >= 0).sum(1).max())
         sequences = tokens[:, : search.prompt + generated]
         if not self.config.return_dict_in_generate:
