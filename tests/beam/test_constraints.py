@@ -161,9 +161,9 @@ def test_all_excluded(backend: str, vocab: int, k: int) -> None:
 
 
 def test_nothing_is_allowed_behind_a_row(backend: str) -> None:
-    """A last chunk of one token, which is excluded, is no candidate: others of -inf are."""
-    logits, token = torch.full((1, 9, 513), -INF), 7
-    excluded = torch.tensor([t for t in range(513) if t != token]).expand(1, 9, 512)
+    """A last chunk of 40 tokens, all excluded, has no candidate: others of -inf are."""
+    logits, token = torch.full((1, 9, 552), -INF), 7
+    excluded = torch.tensor([t for t in range(552) if t != token]).expand(1, 9, 551)
     result = same(logits, torch.zeros(1, 9), 6, torch.zeros(1, 9), excluded=excluded)
     assert places(result) == [(-INF, token, beam) for beam in range(6)]
 
