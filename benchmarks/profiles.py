@@ -218,7 +218,7 @@ _FULL_BEAM = tuple(
     for v in (8192, 32000, 128256, 151936)
 )
 
-_MODELS = ("first_token", "generate", "finetune", "embed", "transcribe")  # models/tasks.py
+_MODELS = ("first_token", "generate", "beams", "finetune", "embed", "transcribe")  # tasks.py
 
 PROFILES = {
     "quick": Profile(

@@ -319,6 +319,16 @@ def merge_topk(
         True
     """
     _check_parts(parts, offsets)
+    merged, proven = merge_parts(parts, offsets, renormalize)
+    must = "be taken with a joint logsumexp (see renormalize=False) or hold more candidates"
+    check(proven, "merge_topk", "parts", must, "a choice they cannot prove")
+    return merged
+
+
+def merge_parts(
+    parts: Sequence[BeamTopK], offsets: Sequence[int] | None, renormalize: bool
+) -> tuple[BeamTopK, bool]:
+    """The merged parts, and whether they prove it: see :func:`merge_topk`."""
     shifts = [0] * len(parts) if offsets is None else offsets
     tokens = torch.cat([p.tokens + shift for p, shift in zip(parts, shifts, strict=True)], 1)
     nobody = torch.cat([part.tokens < 0 for part in parts], 1)  # comes behind all that score -inf
@@ -341,13 +351,13 @@ def merge_topk(
     by_score = scores.gather(1, order).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, by_score)[:, :k]
     merged = scores.gather(1, order)
+    proven = True
     if renormalize and joint.shape[1] > 1:
         for part, correction in zip(parts, corrections, strict=True):
             left_out = part.scores[:, -1] + correction.amax(1)
-            refused = bool((left_out > merged[:, -1]).any())
-            must = "be taken with a joint logsumexp (see renormalize=False) or hold more candidates"
-            check(not refused, "merge_topk", "parts", must, "a choice they cannot prove")
-    return BeamTopK(merged, tokens.gather(1, order), parents.gather(1, order), joint)
+            proven = proven and not bool((left_out > merged[:, -1]).any())
+    best = BeamTopK(merged, tokens.gather(1, order), parents.gather(1, order), joint)
+    return best, proven
 
 
 def _correction(own: Tensor, joint: Tensor) -> Tensor:

@@ -106,6 +106,44 @@ def _generate(full: bool) -> Problem:
     return Problem(contenders, units={"tokens": new}, quality=quality)
 
 
+def _beam_contenders(model: Any, search: Callable[..., Any]) -> list[Contender]:
+    """A beam search by flashkern, attention and cache included, beside transformers' own."""
+    from flashkern.integrations.transformers import beam_search
+
+    mine = functools.partial(search, custom_generate=beam_search)
+    return with_control(
+        [
+            Contender(FLASHKERN, mine, FLASHKERN, _switch(model, FLASHKERN)),
+            Contender(TRANSFORMERS, search, "peer", _switch(model, SDPA)),
+        ]
+    )
+
+
+def _beams(full: bool) -> Problem:
+    """Beam search behind a prompt; the result is the text."""
+    model, tokenizer = _smollm2()
+    ids = _prompt(tokenizer, 512 if full else 256)
+    beams, new = (8, 64) if full else (4, 12)
+
+    @torch.no_grad()
+    def search(**more: Any) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            num_beams=beams,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            **more,
+        )
+
+    def quality(_: str, result: torch.Tensor) -> dict[str, Any]:
+        return {"text": tokenizer.decode(result[0, ids.shape[1] :])}
+
+    return Problem(_beam_contenders(model, search), units={"tokens": new}, quality=quality)
+
+
 def _embed(full: bool) -> Problem:
     """Embeddings of a padded batch of verses; the result is two neighbours' similarity."""
     model, tokenizer = loaders.minilm()
@@ -179,8 +217,6 @@ def _finetune(full: bool) -> Problem:
 
 def _transcribe(full: bool) -> Problem:
     """Speech to text with a beam search; the result is the transcript."""
-    from flashkern.integrations.transformers import beam_search
-
     model, tokenizer, extractor = loaders.whisper()
     samples, _ = loaders.speech()
     inputs = extractor(samples, sampling_rate=loaders.SAMPLE_RATE, return_tensors="pt")
@@ -194,17 +230,9 @@ def _transcribe(full: bool) -> Problem:
     def quality(_: str, result: torch.Tensor) -> dict[str, Any]:
         return {"text": tokenizer.decode(result[0], skip_special_tokens=True).strip()}
 
-    contenders = [
-        Contender(
-            FLASHKERN,
-            lambda: transcribe(custom_generate=beam_search),
-            FLASHKERN,
-            _switch(model, FLASHKERN),
-        ),
-        Contender(TRANSFORMERS, transcribe, "peer", _switch(model, SDPA)),
-    ]
     seconds = len(samples) / loaders.SAMPLE_RATE
-    return Problem(with_control(contenders), units={"s of speech": seconds}, quality=quality)
+    contenders = _beam_contenders(model, transcribe)
+    return Problem(contenders, units={"s of speech": seconds}, quality=quality)
 
 
 PEFT, TRANSFORMERS = "peft + sdpa", "transformers"
@@ -213,6 +241,9 @@ FIRST_TOKEN = Task(
 )
 GENERATE = Task(
     "SmolLM2-135M greedy decoding", ("smollm2", "bible_text"), (FLASHKERN, SDPA), _generate
+)
+BEAMS = Task(
+    "SmolLM2-135M beam search", ("smollm2", "bible_text"), (FLASHKERN, TRANSFORMERS), _beams
 )
 EMBED = Task(
     "MiniLM embeddings, padded batch", ("minilm", "bible_text"), (FLASHKERN, SDPA, EAGER), _embed
@@ -225,6 +256,7 @@ TRANSCRIBE = Task(
 TASKS = {
     "first_token": FIRST_TOKEN,
     "generate": GENERATE,
+    "beams": BEAMS,
     "finetune": FINETUNE,
     "embed": EMBED,
     "transcribe": TRANSCRIBE,

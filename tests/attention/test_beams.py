@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import flashkern as fk
-from flashkern import reference
+from flashkern import _ops, reference
 
 GPU = ("emulated", "cuda")
 pytestmark = pytest.mark.kernels("attention_beams")
@@ -166,6 +166,24 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str, threads: None) -> N
         torch.set_num_threads(count)
         results.append(fk.attention_kvcache(*tensors, **options))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_what_torch_knows_of_the_operator(backend: str) -> None:
+    (query, k_cache, v_cache), options = _case(prompts=1)
+    lengths, table = (options[name].int() for name in ("cache_lengths", "beam_table"))
+    shared = options["shared_k"], options["shared_v"]
+    for tables in ((table, *shared, None), (table, None, None, None), (None, *shared, None)):
+        arguments = (
+            query, k_cache, v_cache, None, None, None, lengths, None, None, *tables,
+            2, -1, -1, 0.2, 0.0, 0.0,
+        )  # fmt: skip
+        torch.library.opcheck(_ops.ops.attention_beams.default, arguments)
+
+
+def test_many_rows(backend: str) -> None:
+    """More of each beam's own than one tile of a GPU holds."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _check(*_case(prompts=1, beams=2, heads=(6, 2), rows=30, own=70, room=80, dtype=dtype))
 
 
 def test_shapes_are_traced() -> None:
