@@ -9,9 +9,10 @@ from torch import Tensor
 from flashkern import _ops, reference
 from flashkern._checks import FLOATS, check, check_device, check_dtype, check_tensor
 from flashkern._dispatch import register_autograd
+from flashkern._tree import draw
 from flashkern._trie import INTEGERS, Trie
 
-__all__ = ["BeamTopK", "Trie", "beam_topk", "merge_topk"]
+__all__ = ["BeamTopK", "Trie", "beam_topk", "draw", "merge_topk"]
 
 DEVICES = ["meta", *(d for d in ("cpu", "cuda") if _ops.has_kernel("beam_topk", d))]
 
