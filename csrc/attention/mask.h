@@ -44,7 +44,8 @@ FK_HOST_DEVICE inline Sequence sequence_of(const Problem& p, int64_t b) {
   }
   s.earlier = p.shared_keys;
   if (p.shared_lengths != nullptr) {
-    s.earlier = clamped(p.shared_lengths[b / p.beams], 0, p.shared_keys);
+    const auto prompt = static_cast<uint32_t>(b) / static_cast<uint32_t>(p.beams);  // 64 bits: slow
+    s.earlier = clamped(p.shared_lengths[prompt], 0, p.shared_keys);
   }
   if (p.alignment == Alignment::kTopLeft) {
     s.offset = -s.earlier;

@@ -93,11 +93,11 @@ struct ForwardPlan {
   int blocks_per_head = 0;  // of a sequence for one KV head; of a ragged batch, all its sequences
   int64_t blocks = 0;
   int split_keys = 0;
-  int splits = 1;       // at most, of any sequence
-  bool joined = false;  // with the keys that beams share: a launch before this one, and a merge
-  int first_part = 0;   // of these keys in the workspace, behind those of shared ones
-  int parts = 1;        // of a row in the workspace
-  int split_rows = 0;   // rows of a KV head in the workspace
+  int splits = 1;           // at most, of any sequence
+  bool parts_only = false;  // rows are never finished by a block: a merge follows
+  bool joined = false;      // keys that beams share have been met by a launch before this one
+  int parts = 1;            // of a row in the workspace
+  int split_rows = 0;       // rows of a KV head in the workspace
   int64_t workspace_floats = 0;
 };
 
@@ -166,21 +166,21 @@ inline ForwardPlan plan_keys(const Problem& p) {
   return plan;
 }
 
-// Parts of a row of keys that beams share, at most.
-inline int shared_parts(const ForwardParams& p) {
-  const int64_t dim = std::max(p.head_dim, p.value_dim);
-  const int64_t rows = p.group() * p.beams * p.seq_q;
-  return SequenceCut(rows, p.shared_keys, 1, split_keys(static_cast<int>(dim))).splits;
+// Parts of a row that are of keys which its beams share: the first of its parts.
+FK_HOST_DEVICE inline int shared_parts(const Problem& p, int64_t q_length, int64_t keys,
+                                       int split_keys) {
+  return SequenceCut(p.group() * p.beams * q_length, keys, 1, split_keys).splits;
 }
 
 inline ForwardPlan plan_forward(const ForwardParams& p) {
   ForwardPlan plan = plan_keys(p);
   plan.joined = p.shared.key.data != nullptr;
+  plan.parts = plan.splits;
   if (plan.joined) {
-    plan.first_part = shared_parts(p);
+    plan.parts_only = true;
+    plan.parts += shared_parts(p, p.seq_q, p.shared_keys, plan.split_keys);
     plan.split_rows = static_cast<int>(p.group() * p.seq_q);
   }
-  plan.parts = plan.first_part + plan.splits;
   if (plan.parts > 1) {
     plan.workspace_floats = p.batch * p.kv_heads * plan.parts * plan.split_rows * (p.value_dim + 2);
   }
@@ -190,7 +190,7 @@ inline ForwardPlan plan_forward(const ForwardParams& p) {
 // The launch of the keys that beams share (shared_part), whose parts are those of `whole`.
 inline ForwardPlan plan_shared(const ForwardParams& shared, const ForwardPlan& whole) {
   ForwardPlan plan = plan_keys(shared);
-  plan.joined = true;
+  plan.parts_only = true;
   plan.parts = whole.parts;
   plan.split_rows = whole.split_rows;
   return plan;

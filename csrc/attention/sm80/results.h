@@ -64,7 +64,7 @@ FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, int kv
     const int group = static_cast<int>(p.group());
     index = row.query * group + row.head % group;
   }
-  return part_at(p, plan, row.batch, kv_head, plan.first_part + split, index);
+  return part_at(p, plan, row.batch, kv_head, split, index);
 }
 
 template <class T, int N>
@@ -87,24 +87,9 @@ FK_DEVICE void write_part(const ForwardParams& p, float* part, const RowState<fl
   store_pair(part + p.value_dim, state.maximum, state.sum);
 }
 
-// The parts that a row has: of keys that its beams share, then of its own.
-struct Parts {
-  int shared, own, first_own;
-
-  FK_DEVICE Parts(const ForwardParams& p, const ForwardPlan& plan, const Sequence& s, int own)
-      : shared(0), own(own), first_own(plan.first_part) {
-    if (!plan.joined) return;
-    const int64_t rows = p.group() * p.beams * s.q_length;
-    shared = SequenceCut(rows, s.earlier, 1, plan.split_keys).splits;
-  }
-
-  FK_DEVICE int count() const { return shared + own; }
-  FK_DEVICE int operator[](int i) const { return i < shared ? i : first_own + i - shared; }
-};
-
 // One warp for each row of the workspace. Sequences whose keys were not split are done already.
 template <class T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 16)
     merge(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan) {
   const int64_t index = int64_t{blockIdx.x} * 4 + ptx::warp_id();
   const int row = static_cast<int>(index % plan.split_rows);
@@ -115,16 +100,17 @@ __global__ void __launch_bounds__(128)
   const Sequence s = sequence_of(p, batch);
   const SequenceCut cut(p.group() * s.q_length, s.k_length, plan.tile_rows, plan.split_keys);
   if (row >= cut.rows || (cut.splits == 1 && !plan.joined)) return;
-  const Parts parts(p, plan, s, cut.splits);
+  int parts = cut.splits;
+  if (plan.joined) parts += shared_parts(p, s.q_length, s.earlier, plan.split_keys);
 
   RowState<float> state;
-  for (int i = 0; i < parts.count(); ++i) {
-    const float* part = part_at(p, plan, batch, kv_head, parts[i], row);
+  for (int i = 0; i < parts; ++i) {
+    const float* part = part_at(p, plan, batch, kv_head, i, row);
     state.maximum = fmaxf(state.maximum, part[p.value_dim]);
   }
   const float base = exponent_base(state.maximum);
-  for (int i = 0; i < parts.count(); ++i) {
-    const float* part = part_at(p, plan, batch, kv_head, parts[i], row);
+  for (int i = 0; i < parts; ++i) {
+    const float* part = part_at(p, plan, batch, kv_head, i, row);
     state.sum += part[p.value_dim + 1] * ptx::fast_exp2(part[p.value_dim] - base);
   }
   const int group = static_cast<int>(p.group());
@@ -133,8 +119,8 @@ __global__ void __launch_bounds__(128)
   T* to = output_row<T>(p, s, query, head);
   for (int column = 2 * ptx::lane_id(); column < p.value_dim; column += 64) {
     float x = 0, y = 0;
-    for (int i = 0; i < parts.count() && factor != 0; ++i) {
-      const float* part = part_at(p, plan, batch, kv_head, parts[i], row);
+    for (int i = 0; i < parts && factor != 0; ++i) {
+      const float* part = part_at(p, plan, batch, kv_head, i, row);
       const float weight = ptx::fast_exp2(part[p.value_dim] - base);
       x += part[column] * weight;
       y += part[column + 1] * weight;

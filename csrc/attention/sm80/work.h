@@ -20,7 +20,7 @@ namespace flashkern::attention::sm80 {
 // Lives in shared memory; row_end == 0: nothing is the block's own.
 struct Work {
   Sequence sequence;
-  int kv_head, split;
+  int kv_head, split;  // the number of its part, where it is not the whole output
   int row_begin, row_end;
   int key_begin, key_end;
   bool whole_output;  // not a part
@@ -102,7 +102,7 @@ FK_DEVICE Work find_work(const Problem& p, const ForwardPlan& plan) {
   w.split = place.item / cut.tiles;
   w.row_begin = (ragged ? tile : cut.tiles - 1 - tile) * kTileRows;
   w.row_end = min(w.row_begin + kTileRows, cut.rows);
-  w.whole_output = cut.splits == 1 && !plan.joined;
+  w.whole_output = cut.splits == 1 && !plan.parts_only;
   const Interval keys =
       Band(p, w.sequence).some_keys(w.row_begin / packed, (w.row_end - 1) / packed + 1);
   w.key_begin = static_cast<int>(keys.begin);
@@ -111,6 +111,7 @@ FK_DEVICE Work find_work(const Problem& p, const ForwardPlan& plan) {
     w.key_begin = max(w.key_begin, w.split * kSplitKeys);
     w.key_end = min(w.key_end, (w.split + 1) * kSplitKeys);
   }
+  if (plan.joined) w.split += shared_parts(p, w.sequence.q_length, w.sequence.earlier, kSplitKeys);
   return w;
 }
 
