@@ -63,7 +63,8 @@ def _branches(rows: list[tuple[list[int], str]], decode: Any) -> list[str]:
         head = _text(group[0][0][:shared], decode)
         rest = [(tokens[shared:], end) for tokens, end in group]
         done = all(not tokens for tokens, _ in rest)
-        lines.append(("└─ " if last else "├─ ") + head + "".join(e for _, e in rest if done))
+        scores = "".join(end for _, end in rest) if done else ""
+        lines.append(("└─ " if last else "├─ ") + head + scores)
         if not done:
             lines += [("   " if last else "│  ") + line for line in _branches(rest, decode)]
     return lines

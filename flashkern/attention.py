@@ -270,9 +270,9 @@ def attention_kvcache(
             ``page_table[b, t // page_size]`` at ``t % page_size``.
         beam_table: (prompts, beams, T) integers, B = prompts * beams: token t of beam i lies in the
             row of the prompt's beam ``beam_table[p, i, t]``, at t. Beam search then reorders this
-            table, never the cache. Appended tokens go to each beam's own row.
-        shared_k: (prompts, Hkv, S, D), the keys of each prompt, in front of its beams' own: read
-            once for all of them. The beams of a prompt then have equal cache_lengths.
+            table, never the cache. Appended tokens go to each beam's own row. The beams of a prompt
+            have equal cache_lengths, here and with ``shared_k``.
+        shared_k: (prompts, Hkv, S, D), each prompt's keys, read once, in front of its beams' own.
         shared_v: (prompts, Hkv, S, Dv), with ``shared_k`` or not at all.
         shared_lengths: (prompts,) integers, tokens of each prompt; None for S.
         bias: broadcastable to (B, H, Sq, T), T the capacity of a sequence; with ``shared_k`` to

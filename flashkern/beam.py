@@ -356,7 +356,8 @@ def merge_parts(
     if renormalize and joint.shape[1] > 1:
         for part, correction in zip(parts, corrections, strict=True):
             left_out = part.scores[:, -1] + correction.amax(1)
-            proven = proven and not bool((left_out > merged[:, -1]).any())
+            beyond = (left_out > merged[:, -1]) | left_out.isnan()  # NaN ranks above all numbers
+            proven = proven and not bool(beyond.any())
     best = BeamTopK(merged, tokens.gather(1, order), parents.gather(1, order), joint)
     return best, proven
 

@@ -7,8 +7,9 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flashkern._checks import check
+from flashkern._checks import FLOATS, check, check_dtype
 from flashkern.beam import BeamTopK, beam_topk, merge_parts
 
 __all__ = ["sharded_beam_topk"]
@@ -28,7 +29,7 @@ def sharded_beam_topk(
         logits: (B, beams, V of this shard), float32, bfloat16 or float16; on a device that the
             group's backend can gather from.
         beam_scores: (B, beams), float32, the same on every process.
-        k: candidates for each row, 1 to the beams times V of the smallest shard.
+        k: candidates for each row, 1 to the beams times V of all shards.
         group: the processes, in the vocabulary's order; None for all.
 
     Returns:
@@ -36,21 +37,38 @@ def sharded_beam_topk(
         Not differentiable.
 
     Raises:
-        ValueError: k is out of range; and whatever :func:`flashkern.beam_topk` raises.
+        TypeError: float64 logits.
+        ValueError: k is out of range; and whatever :func:`flashkern.beam_topk` raises. What one
+            process alone is given wrongly it alone refuses, while the others wait for it.
 
     Source: the joint softmax of shards, as in Shoeybi et al., Megatron-LM (arXiv 1909.08053).
     """
-    candidates = logits.shape[1] * logits.shape[2] if logits.dim() == 3 else k
-    must = f"be between 1 and this shard's beams * V = {candidates}"
-    check(1 <= k <= candidates, "sharded_beam_topk", "k", must, k)
-    parts, sizes = _gather(beam_topk(logits, beam_scores, k), logits.shape[2], group)
+    op = "sharded_beam_topk"
+    check_dtype(op, "logits", logits, FLOATS[:3])
+    check(logits.dim() == 3, op, "logits", "have shape (B, beams, V)", tuple(logits.shape))
+    check(k >= 1, op, "k", "be 1 at least", k)
+    parts, sizes = _gather(_own_best(logits, beam_scores, k), logits.shape[2], group)
+    candidates = logits.shape[1] * sum(sizes)
+    check(k <= candidates, op, "k", f"be at most the shards' beams * V = {candidates}", k)
     offsets = [0, *accumulate(sizes)][:-1]
     best, proven = merge_parts(parts, offsets, renormalize=True)
     if proven:
         return best
-    own = beam_topk(logits, beam_scores, k, logsumexp=best.logsumexp)
+    own = _own_best(logits, beam_scores, k, best.logsumexp)
     parts, _ = _gather(own, logits.shape[2], group)
     return merge_parts(parts, offsets, renormalize=False)[0]
+
+
+def _own_best(
+    logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None = None
+) -> BeamTopK:
+    """This shard's k best; where it has fewer, nobody fills up."""
+    held = min(k, logits.shape[1] * logits.shape[2])
+    scores, tokens, parents, lse = beam_topk(logits, beam_scores, held, logsumexp=logsumexp)
+    fill = (0, k - held)
+    return BeamTopK(
+        pad(scores, fill, value=-torch.inf), pad(tokens, fill, value=-1), pad(parents, fill), lse
+    )
 
 
 def _gather(

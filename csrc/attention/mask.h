@@ -52,7 +52,9 @@ FK_HOST_DEVICE inline Sequence sequence_of(const Problem& p, int64_t b) {
   } else {
     const bool own = p.alignment == Alignment::kOwnLength;
     s.offset = (own ? s.k_length : tensor_keys) - s.q_length;
-    if (p.own_lengths != nullptr) s.offset += p.own_lengths[b * p.row_beams];
+    if (p.own_lengths != nullptr) {
+      s.offset += clamped(p.own_lengths[b * p.row_beams], 0, p.own_keys);
+    }
   }
   return s;
 }

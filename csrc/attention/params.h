@@ -73,6 +73,7 @@ struct Problem {
   // all their beams are packed together, and so many keys of the beams' own lie behind.
   int64_t row_beams = 1;
   const int32_t* own_lengths = nullptr;  // (batch * row_beams,), the same for all beams of a prompt
+  int64_t own_keys = 0;                  // the most that they may be
 
   Alignment alignment = Alignment::kTopLeft;
   int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal is window_right = 0
@@ -115,6 +116,7 @@ inline ForwardParams shared_part(const ForwardParams& whole) {
   p.seq_k = whole.shared_keys;
   p.kv_lengths = whole.shared_lengths;
   p.own_lengths = whole.kv_lengths;
+  p.own_keys = whole.seq_k;
   p.shared = {};
   p.shared_keys = 0;
   p.shared_lengths = p.beam_table = p.page_table = nullptr;

@@ -27,8 +27,8 @@ void set_beam_table(ForwardParams& p, const Tensor& table) {
   }
 }
 
-// Row b of the beams' lengths, at prompt b / beams.
-void check_shared_lengths(const ForwardParams& p) {
+// A beam reads the rows, and the pages, of the others up to its own length.
+void check_lengths(const ForwardParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t prompt = b / p.beams;
     const int64_t length = p.shared_lengths == nullptr ? 0 : p.shared_lengths[prompt];
@@ -58,7 +58,6 @@ void set_shared(ForwardParams& p, const Tensor& key, const Tensor& value,
   p.shared = {matrix_of(key), matrix_of(value)};
   p.shared_keys = key.size(2);
   p.shared_lengths = int32_data("shared_lengths", lengths);
-  if (host_readable(key)) check_shared_lengths(p);
 }
 
 }  // namespace
@@ -75,6 +74,7 @@ std::tuple<Tensor, Tensor> attention_beams(
                    seed, 0, 0, alignment, window_left, window_right, scale, softcap, dropout_p});
   if (beam_table.has_value()) set_beam_table(p, *beam_table);
   if (shared_k.has_value()) set_shared(p, *shared_k, *shared_v, shared_lengths, query);
+  if (host_readable(query)) check_lengths(p);
   return run_forward(p, query);
 }
 

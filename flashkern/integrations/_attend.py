@@ -95,7 +95,8 @@ def attend(
     keys. The result is (batch, heads, queries, value_head_dim).
     """
     if isinstance(key, BeamTensor):
-        if query.shape[2] == 1 and left_window is None and not options.get("dropout_p"):
+        same = isinstance(value, BeamTensor) and value.layer is key.layer
+        if same and query.shape[2] == 1 and left_window is None and not options.get("dropout_p"):
             return _attend_beams(query, key.layer, _merged(bias, _keep(mask)), scale, options)
         key, value = key.dense(), value[:]
     if mask is None and left_window is None and not (causal and query.shape[2] > 1):
@@ -165,7 +166,7 @@ def _attend_beams(
         own_k,
         own_v,
         cache_lengths=layer.table.lengths(batch, tokens, device),
-        beam_table=layer.table.rows(tokens),
+        beam_table=layer.table.rows(tokens, device),
         shared_k=shared_k,
         shared_v=shared_v,
         scale=scale,

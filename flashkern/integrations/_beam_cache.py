@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from flashkern._attention_args import contiguous_last
 from flashkern._attention_ops import APPEND
+from flashkern.integrations._virtual import Virtual
 from flashkern.reference import gather_beams
 
+_MOST_ROOM = 256  # at first: a search may end long before it has all the tokens it may have
 _ROOM = 32  # tokens that a cache has room for at first, where nobody tells how many will come
 
 
-class BeamTensor(Tensor):
+class BeamTensor(Virtual):
     """The keys or the values of a layer, without storage: see the head of this file."""
 
     layer: BeamLayer
@@ -52,15 +54,6 @@ class BeamTensor(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"BeamTensor({tuple(self.shape)})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        args, kwargs = tree_map_only(BeamTensor, BeamTensor.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
 
 class BeamTable:
     """Whose row holds which of the beams' own tokens; the layers of a cache share it."""
@@ -68,10 +61,15 @@ class BeamTable:
     def __init__(self, beams: int, room: int) -> None:
         self.beams = beams
         self.room = room
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every token."""
         self.written = 0  # tokens of each beam; behind them each is its own
         self._rows: Tensor | None = None  # (prompts, beams, room) int32
-        self._current: Tensor | None = None  # its first columns, contiguous
-        self._lengths: dict[int, Tensor] = {}
+        # Made once for all layers of a step: the first columns, contiguous, and lengths.
+        self._current: dict[Any, Tensor] = {}
+        self._lengths: dict[Any, Tensor] = {}
 
     def write(self, batch: int, tokens: int, device: torch.device) -> None:
         """Each beam's tokens, so many by now, are in its own row from the last reorder on."""
@@ -86,20 +84,22 @@ class BeamTable:
         if table is not None:
             self._rows[:, :, : table.shape[2]] = table
 
-    def rows(self, tokens: int) -> Tensor:
+    def rows(self, tokens: int, device: torch.device) -> Tensor:
         """The table of so many tokens, (prompts, beams, tokens) int32."""
         assert self._rows is not None
-        if self._current is None or self._current.shape[2] != tokens:
-            self._current = self._rows[:, :, :tokens].contiguous()
-        return self._current
+        key = tokens, device
+        if key not in self._current:
+            _forget(self._current)
+            self._current[key] = self._rows[:, :, :tokens].to(device).contiguous()
+        return self._current[key]
 
     def lengths(self, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """(batch,) int32 of so many tokens; one tensor for all layers of a step."""
-        if tokens not in self._lengths:
-            if len(self._lengths) > 1:
-                self._lengths.clear()
-            self._lengths[tokens] = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-        return self._lengths[tokens]
+        """(batch,) int32 of so many tokens."""
+        key = batch, tokens, device
+        if key not in self._lengths:
+            _forget(self._lengths)
+            self._lengths[key] = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+        return self._lengths[key]
 
     def reorder(self, parents: Tensor) -> None:
         """Beam i becomes a copy of beam parents[i]; rows of the whole batch, from 0."""
@@ -109,7 +109,13 @@ class BeamTable:
         written = table[:, :, : self.written]
         local = parents.to(table.device, torch.int64).view(table.shape[:2]) % self.beams
         written.copy_(written.gather(1, local.unsqueeze(-1).expand_as(written)))
-        self._current = None
+        self._current.clear()
+
+
+def _forget(made: dict[Any, Tensor], most: int = 16) -> None:
+    """Empties what was made for steps gone by, once it has more than a step's devices can need."""
+    if len(made) >= most:
+        made.clear()
 
 
 class BeamLayer(CacheLayerMixin):
@@ -125,6 +131,11 @@ class BeamLayer(CacheLayerMixin):
         self.shared_v: Tensor | None = None
         self.dropped = 0  # tokens that a sliding window has left behind before the beams began
         self.own_k, self.own_v = torch.empty(0), torch.empty(0)
+
+    def reset(self) -> None:
+        """Forgets every token, those of the prompt too."""
+        self.__init__(self.table)  # type: ignore[misc]
+        self.table.reset()
 
     @classmethod
     def of(cls, layer: Any, table: BeamTable) -> BeamLayer:
@@ -172,6 +183,11 @@ class BeamLayer(CacheLayerMixin):
                 f"BeamCache: the batch must hold {self.table.beams} beams of each prompt, "
                 f"got {rows} rows"
             )
+        if key_states.shape[:3] != value_states.shape[:3]:
+            raise ValueError(
+                f"BeamCache: value_states must have the batch, heads and tokens of key_states, "
+                f"{tuple(key_states.shape[:3])}, got {tuple(value_states.shape[:3])}"
+            )
         before, after = self.tokens, self.tokens + new
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -179,7 +195,8 @@ class BeamLayer(CacheLayerMixin):
             room = max(self.table.room, 2 * self.own_k.shape[2], after)
             self._allocate(self.own_k, self.own_v, rows, room)
         lengths = self.table.lengths(rows, before, key_states.device)
-        APPEND(self.own_k, self.own_v, key_states, value_states, lengths, None)
+        new_k, new_v = contiguous_last(key_states), contiguous_last(value_states)
+        APPEND(self.own_k, self.own_v, new_k, new_v, lengths, None)
         self.table.write(rows, after, key_states.device)
         self.tokens = after
         if before == 0 and self.shared_k is None:
@@ -192,7 +209,8 @@ class BeamLayer(CacheLayerMixin):
         shared = self.shared_k if of_keys else self.shared_v
         gathered = own[:, :, :0]
         if self.tokens:
-            gathered = gather_beams(own[:, :, : self.tokens], self.table.rows(self.tokens))
+            table = self.table.rows(self.tokens, own.device)
+            gathered = gather_beams(own[:, :, : self.tokens], table)
         if shared is None:
             return gathered
         return torch.cat([shared.repeat_interleave(self.table.beams, 0), gathered], 2)
@@ -241,7 +259,7 @@ class BeamCache(Cache):
     @classmethod
     def of(cls, cache: Any, beams: int, room: int = _ROOM) -> BeamCache:
         """The cache of a batch of prompts, continued by ``beams`` beams of each. Copies nothing."""
-        made = cls(beams, room)
+        made = cls(beams, min(room, _MOST_ROOM))
         made.layers = [BeamLayer.of(layer, made.table) for layer in cache.layers]
         return made
 

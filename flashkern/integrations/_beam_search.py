@@ -181,7 +181,7 @@ class _Search:
 
         None where penalties change or rule out too many for that.
         """
-        if not penalties.touch_few(sequences):
+        if not penalties.touch_few(sequences, logits.shape[1]):
             return None
         banned = penalties.banned(sequences)
         banned = banned.where(banned < logits.shape[1], -1)
@@ -224,7 +224,9 @@ class _Search:
         total = log_probs.unflatten(0, (-1, self.beams)) + self.running.scores.unsqueeze(-1)
         total = total.flatten(1)
         if self.config.do_sample:
-            index = torch.multinomial(total.softmax(-1), num_samples=self.kept)
+            dead = (total == -torch.inf).all(1, keepdim=True)  # within a trie: draw any of these
+            chances = total.masked_fill(dead, 0).softmax(-1)
+            index = torch.multinomial(chances, num_samples=self.kept)
             scores = total.gather(1, index)
         else:
             scores, index = total.topk(self.kept)
@@ -243,7 +245,7 @@ class _Search:
         if self.trie is not None and extended.nodes is not None:
             nodes = self.trie.advance(extended.nodes, tokens.where(scores > -torch.inf, -1))
             extended = extended._replace(nodes=nodes)
-            tokens = tokens.where(tokens >= 0, max(_fill(self.config), 0))
+            tokens = tokens.where(scores > -torch.inf, max(_fill(self.config), 0))
         extended.tokens[:, :, self.length] = tokens
         rows = torch.arange(self.batch, device=parents.device).unsqueeze(1) * self.beams
         extended.parents[:, :, self.length - self.prompt] = (parents + rows).int()

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
+
+from flashkern.integrations._virtual import Virtual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Recipe:
         return keep.expand(batch, 1, queries, keys)
 
 
-class Mask(Tensor):
+class Mask(Virtual):
     """A bool mask (batch, 1, queries, keys) without storage: see the head of this file."""
 
     recipe: Recipe
@@ -118,15 +119,6 @@ class Mask(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Mask({tuple(self.shape)}, {self.recipe})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        args, kwargs = tree_map_only(Mask, Mask.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
 
 
 def _code(function: Any) -> Any:

@@ -86,6 +86,13 @@ def _forces(processor: Any, length: int) -> bool:
     )
 
 
+def _refuses(processor: Any, vocab: int) -> bool:
+    """Whether a bad word has a token that the model lacks: transformers raises for that."""
+    return type(processor) is hf.NoBadWordsLogitsProcessor and any(
+        token >= vocab for word in processor.sequence_bias for token in word
+    )
+
+
 def _penalised(processor: Any) -> bool:
     return type(processor) is hf.RepetitionPenaltyLogitsProcessor and not isinstance(
         processor.prompt_ignore_length, Tensor
@@ -112,9 +119,10 @@ class Penalties:
         forced = (hf.ForcedBOSTokenLogitsProcessor, hf.ForcedEOSTokenLogitsProcessor)
         return all(type(p) in (*_BANS, *forced) or _penalised(p) for p in processors)
 
-    def touch_few(self, sequences: Tensor) -> bool:
-        """Whether none of them forces a token in this step."""
-        return not any(_forces(p, sequences.shape[1]) for p in self.processors)
+    def touch_few(self, sequences: Tensor, vocab: int) -> bool:
+        """Whether none of them forces a token in this step, or would refuse the vocabulary."""
+        length = sequences.shape[1]
+        return not any(_forces(p, length) or _refuses(p, vocab) for p in self.processors)
 
     def banned(self, sequences: Tensor) -> Tensor:
         """Tokens that no row may take: (rows, n), -1 for none."""

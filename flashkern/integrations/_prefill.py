@@ -37,16 +37,25 @@ def _expanded(model: Any, input_ids: Tensor, config: Any, cache: Any) -> Any:
     from transformers import EncoderDecoderCache
 
     implementation = model.get_decoder().config._attn_implementation
-    if implementation != "fkern":
-        _log.debug("beam_search: a cache for each beam, as attention is %r", implementation)
+    halves = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        halves = [cache.self_attention_cache, cache.cross_attention_cache]
+    reason = "" if implementation == "fkern" else f"attention is {implementation!r}"
+    if not all(_on_one_device(half, input_ids.device) for half in halves):
+        reason = "layers' keys are on other devices"
+    if reason:
+        _log.debug("beam_search: a cache for each beam, as %s", reason)
         cache.batch_repeat_interleave(config.num_beams)
         return cache
     _log.debug("beam_search: beams share the prompt's cache")
     room = config.max_length - input_ids.shape[1]
-    if isinstance(cache, EncoderDecoderCache):
-        halves = cache.self_attention_cache, cache.cross_attention_cache
-        return EncoderDecoderCache(*(BeamCache.of(h, config.num_beams, room) for h in halves))
-    return BeamCache.of(cache, config.num_beams, room)
+    shared = [BeamCache.of(half, config.num_beams, room) for half in halves]
+    return shared[0] if len(shared) == 1 else EncoderDecoderCache(*shared)
+
+
+def _on_one_device(cache: Any, device: torch.device) -> bool:
+    keys = [layer.keys for layer in cache.layers if layer.keys is not None]
+    return not cache.offloading and all(k.device == device for k in keys)
 
 
 def _one_beam(

@@ -151,6 +151,17 @@ def test_pages_and_an_append(backend: str, shared: bool) -> None:
     assert torch.equal(got, again)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_lengths_beyond_a_gpus_cache_end_with_it(backend: str, rows: int) -> None:
+    if backend not in GPU:
+        pytest.skip("a CPU refuses them")
+    tensors, options = _case(rows=rows, own=16, room=16)
+    options |= {"causal": True, "window": (40, None), "alibi_slopes": torch.rand(4)}
+    want = fk.attention_kvcache(*tensors, **options)
+    options["cache_lengths"] = torch.full((6,), 21)
+    assert torch.equal(fk.attention_kvcache(*tensors, **options), want)
+
+
 def test_a_beam_does_not_depend_on_other_prompts(backend: str) -> None:
     (query, k_cache, v_cache), options = _case(prompts=3, beams=4, shared=600)
     whole = fk.attention_kvcache(query, k_cache, v_cache, **options)
@@ -217,6 +228,21 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], text: str
     tensors, options = _case()
     with pytest.raises(error, match=text):
         fk.attention_kvcache(*tensors, **{**options, **change})
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_beams_of_a_prompt_have_equal_lengths(shared: bool) -> None:
+    """A beam reads the pages of the others: those are checked up to their own lengths."""
+    query, pages = torch.randn(2, 2, 1, 16), torch.randn(3, 1, 16, 16)
+    table = torch.tensor([[[0] * 16 + [1] * 16, [1] * 32]])
+    options: dict[str, Any] = {"page_table": torch.tensor([[0, 1], [2, -1]]), "beam_table": table}
+    if shared:
+        options |= {"shared_k": torch.randn(1, 1, 5, 16), "shared_v": torch.randn(1, 1, 5, 16)}
+    for lengths in ([32, 10], [10, 32]):
+        with pytest.raises(RuntimeError, match="equal for all beams|pages from 0 to 2"):
+            fk.attention_kvcache(
+                query, pages, pages, cache_lengths=torch.tensor(lengths), **options
+            )  # fmt: skip
 
 
 def test_lengths_without_shared_keys() -> None:

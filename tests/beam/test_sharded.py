@@ -25,10 +25,14 @@ def _cases() -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     hidden = torch.randn(1, 3, sum(CUTS))
     hidden[:, 0, : CUTS[0]] -= 30
     ties = plain.round().bfloat16()
+    unknown = plain[:, :2].clone()
+    unknown[0, 1, CUTS[0] + 5] = torch.nan
     return [
         (plain, torch.randn(2, 4), 16),
         (hidden, torch.zeros(1, 3), 5),
         (ties, torch.zeros(2, 4), 9),
+        (unknown, torch.zeros(2, 2), 1),
+        (plain, torch.zeros(2, 4), 4 * CUTS[1] + 3),  # more than a shard has
     ]
 
 
@@ -39,6 +43,8 @@ def _process(rank: int, port: int, results: Any) -> None:
         found.append(
             [t.tolist() for t in sharded_beam_topk(logits.split(CUTS, -1)[rank], scores, k)]
         )
+    with pytest.raises(ValueError, match="sharded_beam_topk: k must be at most the shards'"):
+        sharded_beam_topk(torch.randn(1, 2, 3 + rank), torch.zeros(1, 2), 15)
     results[rank] = found
     dist.destroy_process_group()
 
@@ -51,13 +57,13 @@ def test_two_processes() -> None:
         results = manager.dict()
         mp.spawn(_process, (port, results), nprocs=len(CUTS))
         mine, other = results[0], results[1]
-    assert mine == other
+    assert repr(mine) == repr(other)  # NaN is not equal to itself
     for (logits, beam_scores, k), found in zip(_cases(), mine, strict=True):
         best = fk.beam_topk(logits, beam_scores, k)
         scores, tokens, parents, lse = map(torch.tensor, found)
         assert torch.equal(tokens, best.tokens) and torch.equal(parents, best.parents)
-        torch.testing.assert_close(scores, best.scores)
-        torch.testing.assert_close(lse, best.logsumexp)
+        torch.testing.assert_close(scores, best.scores, equal_nan=True)
+        torch.testing.assert_close(lse, best.logsumexp, equal_nan=True)
 
 
 def test_the_hidden_case_needs_a_second_gather() -> None:
@@ -67,6 +73,11 @@ def test_the_hidden_case_needs_a_second_gather() -> None:
         fk.merge_topk(parts, offsets=[0, CUTS[0]])
 
 
-def test_more_candidates_than_a_shard_has() -> None:
-    with pytest.raises(ValueError, match="sharded_beam_topk: k must be between 1 and this shard"):
-        sharded_beam_topk(torch.randn(1, 2, 3), torch.zeros(1, 2), 7)
+def test_what_a_process_refuses_by_itself() -> None:
+    logits, scores = torch.randn(1, 2, 3), torch.zeros(1, 2)
+    with pytest.raises(TypeError, match="sharded_beam_topk: logits must"):
+        sharded_beam_topk(logits.double(), scores.double(), 2)
+    with pytest.raises(ValueError, match="sharded_beam_topk: k must be 1 at least"):
+        sharded_beam_topk(logits, scores, 0)
+    with pytest.raises(ValueError, match="sharded_beam_topk: logits must have shape"):
+        sharded_beam_topk(logits[0], scores, 1)

@@ -22,7 +22,12 @@ def test_text_and_scores() -> None:
     words = {1: "a", 2: "cat", 3: "dog"}
     rows, scores = [[1, 2], [1, 3], [1]], [-1.0, -2.0, -3.0]
     picture = fk.beam.draw(rows, scores=scores, decode=lambda t: " ".join(words[x] for x in t))
-    assert picture.splitlines() == ["└─ a", "   ├─ cat  -1.00", "   ├─ dog  -2.00", "   └─   -3.00"]
+    assert picture.splitlines() == [
+        "└─ a",
+        "   ├─ cat  -1.00",
+        "   ├─ dog  -2.00",
+        "   └─   -3.00",
+    ]
 
 
 def test_sequences_that_are_alike() -> None:

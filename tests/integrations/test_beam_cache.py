@@ -14,6 +14,7 @@ import transformers as hf
 
 import flashkern.integrations.transformers as fkt
 from flashkern.integrations._beam_cache import BeamTensor
+from flashkern.integrations._prefill import _on_one_device
 from tests.integrations.test_beam_search import model, theirs
 from tests.integrations.tiny import MODELS, VOCAB
 
@@ -159,7 +160,69 @@ def test_keys_of_a_cache_equal_those_of_transformers() -> None:
         assert torch.equal(ours.layers[layer].values + 0, theirs.layers[layer].values)
 
 
-def test_a_batch_that_is_no_multiple_of_the_beams() -> None:
+def test_what_a_batch_must_be() -> None:
     new = torch.randn(4, 2, 1, 8)
     with pytest.raises(ValueError, match="BeamCache: the batch must hold 3 beams of each prompt"):
         fkt.BeamCache(3).update(new, new, 0)
+    with pytest.raises(ValueError, match="BeamCache: value_states must have the batch, heads"):
+        fkt.BeamCache(2).update(new, new[:, :1], 0)
+
+
+def test_a_cache_after_its_reset() -> None:
+    cache, prompts = fkt.BeamCache(2), hf.DynamicCache()
+    prompts.update(*torch.randn(2, 1, 2, 5, 8).unbind(), 0)
+    for used in (cache, fkt.BeamCache.of(prompts, 2)):
+        used.update(*torch.randn(2, 2, 2, 3, 8).unbind(), 0)
+        used.reorder_cache(torch.tensor([1, 1]))
+        used.reset()
+        assert used.get_seq_length() == 0 and used.get_mask_sizes(1, 0) == (1, 0)
+        for _ in range(2):
+            k, v = torch.randn(2, 2, 2, 1, 8).unbind()
+            used.update(k, v, 0)
+        assert used.get_seq_length() == 2
+        assert torch.equal(used.layers[0].keys[:, :, 1:], k)
+
+
+def test_keys_of_any_strides() -> None:
+    cache = fkt.BeamCache(2)
+    k, v = torch.randn(2, 2, 3, 8, 2)[..., :1].mT.unbind()
+    assert k.stride(-1) == 2
+    for _ in range(2):
+        keys, values = cache.update(k, v, 0)
+    assert torch.equal(keys[:, :, 1:], k) and torch.equal(values[:, :, 1:], v)
+
+
+def test_values_that_a_model_has_changed() -> None:
+    cache, query = fkt.BeamCache(2), torch.randn(2, 4, 1, 8)
+    for _ in range(2):
+        keys, values = cache.update(*torch.randn(2, 2, 2, 1, 8).unbind(), 0)
+    module = torch.nn.Module()
+    plain, _ = fkt.attention_forward(module, query, keys, values, None)
+    twice, _ = fkt.attention_forward(module, query, keys, values * 2, None)
+    torch.testing.assert_close(twice, 2 * plain)
+
+
+def test_lengths_and_tables_are_of_their_batch_and_device() -> None:
+    table = fkt.BeamCache(2).table
+    cpu = torch.device("cpu")
+    for batch, tokens in ((2, 3), (4, 3), (4, 5)):
+        assert table.lengths(batch, tokens, cpu).tolist() == [tokens] * batch
+    table.write(4, 3, cpu)
+    assert table.rows(3, torch.device("meta")).is_meta and table.rows(3, cpu).is_cpu
+
+
+def test_room_is_not_taken_for_all_that_may_come() -> None:
+    prompts = hf.DynamicCache()
+    prompts.update(*torch.randn(2, 1, 2, 5, 8).unbind(), 0)
+    cache = fkt.BeamCache.of(prompts, 2, room=100_000)
+    cache.update(*torch.randn(2, 2, 2, 1, 8).unbind(), 0)
+    assert cache.layers[0].own_k.shape[2] == 256
+
+
+def test_keys_elsewhere_are_copied() -> None:
+    prompts = hf.DynamicCache()
+    prompts.update(*torch.randn(2, 1, 2, 5, 8).unbind(), 0)
+    cpu = torch.device("cpu")
+    assert _on_one_device(prompts, cpu) and not _on_one_device(prompts, torch.device("meta"))
+    prompts.offloading = True
+    assert not _on_one_device(prompts, cpu)

@@ -156,6 +156,14 @@ def test_penalties_on_the_fused_path(
         assert len(dense) <= 2
 
 
+def test_bad_words_that_the_model_lacks() -> None:
+    for search in (theirs, beam_search):
+        with pytest.raises(ValueError, match="following tokens were being biased"):
+            model("llama").generate(
+                prompt("llama"), custom_generate=search, num_beams=2, bad_words_ids=[[7, VOCAB]]
+            )
+
+
 def test_penalties_of_new_tokens_alone() -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 

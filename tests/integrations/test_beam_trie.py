@@ -106,6 +106,26 @@ def test_sequences_that_end_at_the_last_step(beams: int, backend: str) -> None:
         assert len(rows.unique(dim=0)) == beams
 
 
+def test_drawn_beams(backend: str) -> None:
+    """Also where no beam of a prompt can go on: two sequences for four beams.
+
+    Of what is drawn the first num_beams may finish, so not both sequences need to.
+    """
+    sequences = torch.tensor([[7, EOS], [9, EOS]])
+    torch.manual_seed(3)
+    got = model("llama").generate(
+        prompt("llama")[:2],
+        custom_generate=beam_search,
+        trie=fk.Trie.from_sequences(sequences),
+        num_beams=4,
+        max_new_tokens=5,
+        do_sample=True,
+        eos_token_id=EOS,
+        pad_token_id=3,
+    )
+    assert _legal(got[:, 7:9].cpu(), sequences.cpu())
+
+
 def test_a_trie_of_another_vocabulary() -> None:
     trie = fk.Trie.from_sequences([[VOCAB, 1]])
     with pytest.raises(ValueError, match="trie"):

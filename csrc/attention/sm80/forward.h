@@ -5,7 +5,9 @@
 //           16, against every key; warps meet only where tiles change hands. plan.h has the forms:
 //           few (16 rows), narrow (64), wide and plain (128)
 //   keys    in tiles of 16 KiB, those alone that some row of the block sees; where a sequence has
-//           few rows its keys are split among blocks and a second kernel merges
+//           few rows its keys are split among blocks and a second kernel merges. A prompt's keys
+//           that beams share have a launch of their own, the rows of all its beams packed; its
+//           parts and those of each beam's own keys meet in that merge
 //   memory  Q | K | V | what each row sees, its maximum and sum | the block's work: 73 KiB for 128
 //           rows of 128 columns, so that two blocks share a multiprocessor of sm_80, as its
 //           registers allow; at most 99 KiB in any form. 16-byte chunks are swizzled, tails of rows

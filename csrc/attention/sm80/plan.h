@@ -23,9 +23,8 @@ FK_HOST_DEVICE constexpr int tile_keys(int row_bytes) {
 // The forms of the kernel: a block is form_warps warps of 16 form_strips query rows.
 //
 //   few      1 warp,  16 rows    two stages of keys and values: bytes in flight are all that counts
-//   narrow   4 warps, 64 rows    one stage (float32 beyond 128 columns: 2 warps, 32 rows); beyond
-//   64
-//                                rows where a beam table tells where a key lies
+//   narrow   4 warps, 64 rows    one stage (float32 beyond 128 columns: 2 warps, 32 rows); with a
+//                                beam table for any number of rows
 //   wide     4 warps, 128 rows   one stage; two strips share each key that is read from shared
 //                                memory. Half precision up to 128 columns: beyond, the sums of two
 //                                strips are more than a thread has registers

@@ -20,9 +20,9 @@
 //   pipe     registers: the next chunk's loads are under way while one is reduced
 //
 // Constraints (beam/params.h): a second form of the kernel masks both passes over a chunk
-// (allowed.h; 1 KiB of shared memory more): its maximum is that of the elements that the beam may
-// take. Where fewer than k are left the threshold falls to nothing, and the places behind them hold
-// nobody.
+// (allowed.h; 1 KiB of shared memory more, so that a block has to ask for what is beyond 48 KiB;
+// two still fit everywhere): its maximum is that of the elements that the beam may take. Where
+// fewer than k are left the threshold falls to nothing, and the places behind them hold nobody.
 //
 // Numerics and order: beam/score.h, the CPU kernels' own. Sums run in a fixed order (lanes of a
 // span, spans of a beam), so a row's bits depend on neither its batch, the GPU nor an address.
