@@ -115,3 +115,38 @@ def test_extreme_magnitudes(backend: str, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     logits = torch.tensor([largest, -largest, 0.0, 1e-7, largest]).to(dtype).repeat(130)
     same(logits.view(1, 1, -1), torch.zeros(1, 1), 400)
+
+
+def steps(chunks: int, rise: float) -> Tensor:
+    """Logits around a level that rises from one 512 tokens to the next."""
+    return torch.randn(1, 2, chunks * 512) + torch.arange(chunks).repeat_interleave(512) * rise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rise", [-90.0, -21.0, 7.0, 30.0, 100.0])
+def test_levels_far_apart(backend: str, rise: float, dtype: torch.dtype) -> None:
+    """No exponential overflows or is lost, whichever level comes first."""
+    logits = steps(5, rise)
+    logits[0, 1, :513] = -INF
+    logits = logits.to(dtype)
+    same(logits, torch.zeros(1, 2), 9)
+
+
+@pytest.mark.parametrize("token", [0, 700, 1300, 2000])
+def test_nan_among_rising_levels(backend: str, token: int) -> None:
+    logits = steps(4, 50.0)
+    logits[0, 1, token] = NAN
+    result = same(logits, torch.zeros(1, 2), 5)
+    assert result.scores.isnan().all() and not result.logsumexp[0, 0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [100, 5003, 40001])
+def test_wider_vectors_give_the_same_bits(isa: str, vocab: int, dtype: torch.dtype) -> None:
+    if not isa.startswith("avx512"):
+        pytest.skip("for ISAs wider than AVX2")
+    logits, scores = (torch.randn(2, 3, vocab) * 5).to(dtype), torch.randn(2, 3)
+    wide = fk.beam_topk(logits, scores, 4)
+    fk.cpu_isa("avx2")
+    narrow = fk.beam_topk(logits, scores, 4)
+    assert all(torch.equal(x, y) for x, y in zip(wide, narrow, strict=True))

@@ -74,7 +74,7 @@ uint32_t greatest_without(Tokens excluded, const T* logits, int64_t count, int64
   T left[kChunk];
   std::copy(logits, logits + count, left);
   for (const int64_t token : excluded) left[token - first] = from_float<T>(-kInf);
-  return beam::ordered(scan_chunk(left, count, false).greatest);
+  return beam::ordered(greatest_of(left, count));
 }
 
 // The children of every beam's node, or of none.

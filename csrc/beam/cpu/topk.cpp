@@ -2,23 +2,23 @@
 // read.
 //
 //   scan     every (beam, slice of its vocabulary), in parallel: each chunk's greatest logit and
-//   its sum of
-//            exponentials (scan.h). The only pass over all the logits.
+//            the slice's sum of exponentials (scan.h). The only pass over all the logits.
 //   rank     each batch row: the beams' log-sum-exp; the best score of each chunk; the k-th best of
-//   these
-//            over all beams is the threshold: k different candidates reach it, so no lower one is
-//            needed.
+//            these over all beams is the threshold: k different candidates reach it, so no lower
+//            one is needed.
 //   gather   the chunks whose best score reaches the threshold (about k of them) give the
-//   candidates that do choose   the exact k best of these, sorted
+//            candidates that do
+//   choose   the exact k best of these, sorted
 //
 //   logits   beam 0 |chunk|chunk|chunk|chunk|...   scan task = a slice of 32 chunks
 //            beam 1 |chunk|chunk|chunk|chunk|...   gather task = a run of chunks, over beams
 //
-// Memory: two floats for each chunk, a candidate list. More than (k - 1) chunks never lie strictly
-// above the threshold, and scores equal to it are taken in flat order up to k, so the list stays
-// below k * (chunk + 1) whatever the values are: ascending logits, or all of them equal.
+// Memory: a float for each chunk, two for each slice, a candidate list. More than (k - 1) chunks
+// never lie strictly above the threshold, and scores equal to it are taken in flat order up to k,
+// so the list stays below k * (chunk + 1) whatever the values are: ascending logits, or all of them
+// equal.
 //
-// Constraints (beam/params.h): excluded tokens leave their chunk before it is ranked (a third
+// Constraints (beam/params.h): excluded tokens leave their chunk before it is ranked (a second
 // number for each chunk), and are passed over when it gives its candidates. With a trie the
 // children of the beams' nodes are the candidates. Where they are few the scan picks their logits,
 // and all are scored; where they are many their chunks bound them, and where they are all the
@@ -54,10 +54,11 @@ class Topk {
         excluded(params.constraints, params.batch * params.beams),
         children(children_of_all(params.constraints, params.batch * params.beams)) {
     this->threads.count = plan.workers;
-    const int64_t stats = p.batch * p.beams * plan.padded_chunks;
-    greatest.reset(new float[stats]);
-    sums.reset(new float[stats]);
-    if (excluded.any()) allowed.reset(new uint32_t[stats]);
+    const int64_t beams = p.batch * p.beams;
+    greatest.reset(new float[beams * plan.padded_chunks]);
+    references.reset(new float[beams * plan.padded_slices]);
+    sums.reset(new float[beams * plan.padded_slices]);
+    if (excluded.any()) allowed.reset(new uint32_t[beams * plan.padded_chunks]);
     if (by_trie() && has_stats()) make_room_for_children();
     rows.resize(p.batch);
   }
@@ -102,28 +103,35 @@ class Topk {
 
   void scan(int64_t beam, int64_t slice) {
     const T* logits = beam_logits(beam);
-    float* top = greatest.get() + beam * plan.padded_chunks;
-    float* sum = sums.get() + beam * plan.padded_chunks;
-    const int64_t end = std::min(p.vocab, (slice + 1) * kSlice);
-    int64_t chunk = slice * (kSlice / kChunk);
-    Tokens without = between(excluded.of(beam), slice * kSlice, end);
-    for (int64_t i = slice * kSlice; i < end; i += kChunk, ++chunk) {
+    const int64_t begin = slice * kSlice, end = std::min(p.vocab, begin + kSlice);
+    int64_t chunk = beam * plan.padded_chunks + begin / kChunk;
+    Tokens without = between(excluded.of(beam), begin, end);
+    Scan sum;
+    for (int64_t i = begin; i < end; i += kChunk, ++chunk) {
       const int64_t count = std::min(kChunk, end - i);
-      const ChunkStats stats = scan_chunk(logits + i, count, p.given_logsumexp == nullptr);
-      top[chunk] = stats.greatest;
-      sum[chunk] = stats.sum;
+      const bool summed = p.given_logsumexp == nullptr;
+      greatest[chunk] = summed ? sum.chunk(logits + i, count) : greatest_of(logits + i, count);
       if (allowed == nullptr) continue;
       size_t own = 0;
       while (own < without.size() && without[own] < i + count) ++own;
-      allowed[beam * plan.padded_chunks + chunk] =
-          greatest_without(without.first(own), logits + i, count, i, stats.greatest);
+      allowed[chunk] = greatest_without(without.first(own), logits + i, count, i, greatest[chunk]);
       without = without.subspan(own);
     }
-    if (picked != nullptr) pick_children(beam, slice * kSlice, end);
-    if (slice + 1 == plan.slices) {
-      std::fill(top + plan.chunks, top + plan.padded_chunks, -kInf);
-      std::fill(sum + plan.chunks, sum + plan.padded_chunks, 0.f);
-    }
+    references[beam * plan.padded_slices + slice] = sum.reference();
+    sums[beam * plan.padded_slices + slice] = sum.sum();
+    if (picked != nullptr) pick_children(beam, begin, end);
+    if (slice + 1 == plan.slices) fill_up(beam);
+  }
+
+  // Behind a beam's statistics, what changes nothing.
+  void fill_up(int64_t beam) {
+    const int64_t chunks = beam * plan.padded_chunks, slices = beam * plan.padded_slices;
+    const auto fill = [](float* all, int64_t count, int64_t padded, float value) {
+      std::fill(all + count, all + padded, value);
+    };
+    fill(greatest.get() + chunks, plan.chunks, plan.padded_chunks, -kInf);
+    fill(references.get() + slices, plan.slices, plan.padded_slices, -kInf);
+    fill(sums.get() + slices, plan.slices, plan.padded_slices, 0.f);
   }
 
   void make_room_for_children() {
@@ -143,7 +151,7 @@ class Topk {
     topk::pick(beam_logits(beam), p.vocab, own, to);
   }
 
-  // The log-sum-exp of a beam from its chunks.
+  // The log-sum-exp of a beam from its slices.
   Normaliser normaliser(int64_t beam) const {
     const float beam_score = p.beam_scores[beam];
     if (p.given_logsumexp != nullptr) {
@@ -151,17 +159,22 @@ class Topk {
       return {p.given_logsumexp[beam], 0.f, beam_score};
     }
     const float* top = greatest.get() + beam * plan.padded_chunks;
-    const float* sum = sums.get() + beam * plan.padded_chunks;
-    const float shift = chunk_max(top, plan.padded_chunks);
-    if (shift == -kInf && !chunk_has_nan(top, plan.padded_chunks)) {
+    const float shift = max_of(top, plan.padded_chunks);
+    if (shift == -kInf && !has_nan(top, plan.padded_chunks)) {
       p.logsumexp[beam] = -kInf;
       return {0.f, 0.f, beam_score};
     }
+    const float* reference = references.get() + beam * plan.padded_slices;
+    const float* sum = sums.get() + beam * plan.padded_slices;
     Group total(0.f);
-    for (int64_t c = 0; c < plan.padded_chunks; c += kGroup) {
-      for (int j = 0; j < kVecs; ++j) {
-        const int64_t at = c + j * kLanes;
-        total.v[j] = add_exp(total.v[j], load(top + at) - shift, load(sum + at));
+    for (int64_t s = 0; s < plan.padded_slices; s += kGroup) {
+      for (int j = 0; j < kVecs; j += 2) {
+        VecF from[2], weight[2];
+        load_two(reference + s, j / 2, from[0], from[1]);
+        load_two(sum + s, j / 2, weight[0], weight[1]);
+        for (int i = 0; i < 2; ++i) {
+          total.v[j + i] = add_exp(total.v[j + i], from[i] - shift, weight[i]);
+        }
       }
     }
     const double log_sum = std::log(static_cast<double>(reduce_add(total.added())));
@@ -293,8 +306,9 @@ class Topk {
   std::vector<beam::Children> children;
   std::vector<int64_t> places;  // of a beam's children in `picked`
   std::unique_ptr<float[]> picked;
-  std::unique_ptr<float[]> greatest, sums;  // (batch * beams, padded chunks)
-  std::unique_ptr<uint32_t[]> allowed;      // the same: greatest of those not excluded, ordered
+  std::unique_ptr<float[]> greatest;          // (batch * beams, padded chunks)
+  std::unique_ptr<uint32_t[]> allowed;        // the same: of those not excluded, ordered
+  std::unique_ptr<float[]> references, sums;  // (batch * beams, padded slices)
   std::vector<Row> rows;
 };
 
