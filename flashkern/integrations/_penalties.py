@@ -9,6 +9,7 @@ with the touched ones excluded, the touched ones are scored apart, and the two c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,16 @@ def _bad_words(processor: Any, sequences: Tensor) -> Tensor:
             continue
         if prefix:
             tail = sequences[:, -len(prefix) :]
-            row = row.where((tail == tail.new_tensor(prefix)).all(1, keepdim=True), -1)
+            same = tail == _on_device(tuple(prefix), tail.device)
+            row = row.where(same.all(1, keepdim=True), -1)
         banned.append(row)
     return torch.cat(banned, 1) if banned else sequences[:, :0]
+
+
+@functools.lru_cache(4096)
+def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: a copy to a GPU makes the host wait."""
+    return torch.tensor(tokens, device=device)
 
 
 def _everywhere(tokens: Tensor, sequences: Tensor) -> Tensor:
@@ -108,10 +116,15 @@ def _among(tokens: Tensor, others: Tensor, vocab: int) -> Tensor:
 
 
 class Penalties:
-    """A call's logits processors, all of a kind that touches few tokens."""
+    """A call's logits processors, all of a kind that touches few tokens; and diverse groups.
 
-    def __init__(self, processors: Any) -> None:
+    In a diverse beam search a token costs ``diversity`` for each time that ``chosen`` has it:
+    (batch, n), what the prompt's earlier groups took in this step. Before any processor.
+    """
+
+    def __init__(self, processors: Any, diversity: float = 0.0) -> None:
         self.processors = list(processors)
+        self.diversity = diversity
 
     @staticmethod
     def know(processors: Any) -> bool:
@@ -129,31 +142,52 @@ class Penalties:
         lists = [_BANS[type(p)](p, sequences) for p in self.processors if type(p) in _BANS]
         return torch.cat([sequences[:, :0], *(x for x in lists if x is not None)], 1)
 
-    def touched(self, sequences: Tensor, banned: Tensor, vocab: int) -> Tensor:
+    def touched(self, sequences: Tensor, banned: Tensor, vocab: int, chosen: Tensor) -> Tensor:
         """Tokens whose scores change, each once and none of the banned: (rows, n), -1 for none."""
-        longest = [
+        lists = [
             sequences[:, p.prompt_ignore_length or 0 :]
             for p in self.processors
             if type(p) not in _BANS and _penalised(p)
         ]
-        if not longest:
+        lists = sorted(lists, key=lambda t: -t.shape[1])[:1]  # holds the others
+        if chosen.shape[1]:
+            lists.append(_for_rows(chosen, sequences))
+        if not lists:
             return sequences[:, :0]
-        tokens = max(longest, key=lambda t: t.shape[1]).sort(1).values
+        tokens = torch.cat(lists, 1).sort(1).values
         again = torch.zeros_like(tokens, dtype=torch.bool)
         again[:, 1:] = tokens[:, 1:] == tokens[:, :-1]
         if banned.shape[1]:
             again |= _among(tokens, banned, vocab)
         return tokens.masked_fill(again | (tokens >= vocab), -1)
 
-    def rescored(self, sequences: Tensor, tokens: Tensor, scores: Tensor, vocab: int) -> Tensor:
+    def rescored(
+        self, sequences: Tensor, tokens: Tensor, scores: Tensor, vocab: int, chosen: Tensor
+    ) -> Tensor:
         """The scores (rows, n) of `tokens` after all of them, in their order."""
+        if chosen.shape[1]:
+            again = tokens.unsqueeze(2) == _for_rows(chosen, sequences).unsqueeze(1)
+            scores = scores - self.diversity * again.sum(2)
         for processor in self.processors:
             if type(processor) in _BANS or not _penalised(processor):
                 continue
             held = sequences[:, processor.prompt_ignore_length or 0 :]
             changed = scores * processor.penalty
             changed = changed.where(scores < 0, scores / processor.penalty)
-            if processor.prompt_ignore_length:
+            if processor.prompt_ignore_length or chosen.shape[1]:
                 changed = changed.where(_among(tokens, held, vocab), scores)
             scores = changed
         return scores
+
+    def diverse(self, log_probs: Tensor, chosen: Tensor) -> Tensor:
+        """The same of all tokens, without the processors: log_probs are (batch, beams, V)."""
+        if chosen.shape[1] == 0:
+            return log_probs
+        counts = torch.zeros_like(log_probs[:, 0])
+        counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+        return log_probs - self.diversity * counts.unsqueeze(1)
+
+
+def _for_rows(chosen: Tensor, sequences: Tensor) -> Tensor:
+    """What each prompt's groups took, for each of its rows."""
+    return chosen.repeat_interleave(len(sequences) // len(chosen), 0)

@@ -15,7 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 
-from flashkern.integrations._beam_search import _Search, beam_search
+from flashkern.integrations._beam_search import beam_search
+from flashkern.integrations._beam_sets import Search
 from flashkern.integrations._penalties import Penalties
 from tests.integrations.tiny import MODELS, VOCAB
 
@@ -141,13 +142,13 @@ def test_penalties_on_the_fused_path(
     name: str, case: str, beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense: list[int] = []
-    processed = _Search.select_processed
+    processed = Search.select_processed
 
     def counted(self: Any, log_probs: torch.Tensor) -> Any:
         dense.append(self.length)
         return processed(self, log_probs)
 
-    monkeypatch.setattr(_Search, "select_processed", counted)
+    monkeypatch.setattr(Search, "select_processed", counted)
     options = {**SPARSE[case], "eos_token_id": [5, 11], "num_beams": beams, "max_new_tokens": 12}
     compare(name, prompt(name), **options)
     if case != "forced":
@@ -249,13 +250,14 @@ def test_selection_paths_agree() -> None:
     """What compare() cannot see without output_scores: the scores of the fused path."""
 
     class Config:
-        num_beams, max_length, do_sample = 4, 20, False
+        max_length, do_sample, length_penalty = 20, False, 1.0
         _eos_token_tensor, _pad_token_tensor = torch.tensor([3, 4]), torch.tensor(0)
 
-    search = _Search(torch.zeros(8, 3, dtype=torch.long), Config)
+    rows = torch.tensor([[0], [4]])
+    search = Search(torch.zeros(8, 3, dtype=torch.long), Config, 4, rows)
     search.running = search.running._replace(scores=torch.randn(2, 4))
-    logits = torch.randn(8, VOCAB) * 4
-    fused = search.select(logits, Penalties([]), search.sequences())
+    logits = torch.randn(2, 4, VOCAB) * 4
+    fused = search.select(logits, Penalties([]), torch.zeros(2, 0, dtype=torch.long))
     processed = search.select_processed(logits.log_softmax(-1))
     assert torch.equal(fused.tokens, processed.tokens)
     assert torch.equal(fused.parents, processed.parents)
