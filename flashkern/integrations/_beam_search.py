@@ -26,7 +26,7 @@ from flashkern.beam import DEVICES
 from flashkern.integrations._beam_cache import BeamCache
 from flashkern.integrations._beam_record import Record, cache_name
 from flashkern.integrations._beam_sets import Beams, Search, join
-from flashkern.integrations._penalties import Penalties
+from flashkern.integrations._penalties import Penalties, with_trie
 from flashkern.integrations._prefill import prefill
 
 _log = logging.getLogger("flashkern")
@@ -82,8 +82,9 @@ def beam_search(
         The sequences, or transformers' beam output where ``return_dict_in_generate`` asks for it.
 
     Raises:
-        ValueError: ``low_memory``, which transformers' beam search refuses too, a cache that
-            cannot be reordered, or options that do not go together.
+        TypeError: ``trie`` is none.
+        ValueError: ``low_memory`` or a streamer, which transformers' beam search refuses too,
+            forced words, a cache that cannot be reordered, or options that do not go together.
 
     Sources: transformers 5.23, ``GenerationMixin._beam_search``, whose results it reproduces;
     Vijayakumar et al., Diverse beam search (arXiv 1610.02424); Kool et al., Stochastic beams and
@@ -102,6 +103,10 @@ def beam_search(
         True
     """
     config = generation_config
+    if trie is not None and not isinstance(trie, Trie):
+        raise TypeError(f"beam_search: trie must be a flashkern.Trie, got {type(trie).__name__}")
+    if "streamer" in model_kwargs:
+        raise ValueError("beam_search: streamer must be None, for beams have no last token yet")
     groups = _Groups(input_ids, config, trie, num_beams_per_prompt, stochastic)
     record = Record(model, config, model_kwargs)
     step = _Step(groups, record, logits_processor, stopping_criteria)
@@ -214,6 +219,8 @@ def _check(config: Any, batch: int, groups: int, widths: Tensor | None, stochast
             raise ValueError(f"beam_search: {what}, got {got}")
 
     must(not config.low_memory, "low_memory must be False", config.low_memory)
+    for name in ("constraints", "force_words_ids"):
+        must(getattr(config, name, None) is None, f"{name} must be None", getattr(config, name, 0))
     text = f"num_beams must be a multiple of num_beam_groups = {groups}"
     must(config.num_beams % groups == 0, text, config.num_beams)
     if groups > 1:
@@ -238,7 +245,7 @@ class _Step:
 
     def __init__(self, groups: _Groups, record: Record, processor: Any, criteria: Any) -> None:
         self.groups, self.record = groups, record
-        self.processor, self.criteria = processor, criteria
+        self.processor, self.criteria = with_trie(processor, groups.searches), criteria
         config = groups.searches[0].config
         self.penalties = Penalties(processor, groups.diversity)
         drawn = config.do_sample or groups.searches[0].running.log_probs is not None

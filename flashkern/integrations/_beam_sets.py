@@ -164,8 +164,8 @@ class Search:
         return self._extend(merged, tokens.gather(1, index), parents.gather(1, index))
 
     def select_processed(self, log_probs: Tensor) -> Beams:
-        """The same from log-probabilities (batch, beams, V), best first or drawn."""
-        log_probs, vocab = self._allowed(log_probs), log_probs.shape[-1]
+        """The same from processed log-probabilities (batch, beams, V), best first or drawn."""
+        vocab = log_probs.shape[-1]
         if self.running.log_probs is not None:
             return self._select_stochastic(log_probs)
         total = (log_probs + self.running.scores.unsqueeze(-1)).flatten(1)
@@ -197,17 +197,6 @@ class Search:
         vocab = log_probs.shape[-1]
         extended = self._extend(best, index % vocab, index // vocab)
         return extended._replace(log_probs=total.flatten(1).gather(1, index))
-
-    def _allowed(self, log_probs: Tensor) -> Tensor:
-        """-inf where a token is no child of a running beam's node."""
-        trie, nodes = self.trie, self.running.nodes
-        if trie is None or nodes is None:
-            return log_probs
-        rows = nodes.view(-1, 1)
-        tokens = torch.arange(log_probs.shape[-1], device=rows.device).expand(len(rows), -1)
-        return log_probs.masked_fill(
-            (trie.advance(rows, tokens) < 0).view_as(log_probs), -torch.inf
-        )
 
     def _extend(self, scores: Tensor, tokens: Tensor, parents: Tensor) -> Beams:
         scores = scores.masked_fill(~self.may_follow, -torch.inf)

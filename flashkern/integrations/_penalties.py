@@ -10,7 +10,7 @@ with the touched ones excluded, the touched ones are scored apart, and the two c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,43 @@ def _suppressed(processor: Any, sequences: Tensor) -> Tensor:
 def _suppressed_at_begin(processor: Any, sequences: Tensor) -> Tensor | None:
     begins = sequences.shape[1] == processor.begin_index
     return _everywhere(processor.begin_suppress_tokens, sequences) if begins else None
+
+
+# What generate puts before its own constraint by a prefix function: a trie stands in that place.
+_BEFORE_TRIE = (
+    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+)
+
+
+class _InTrie(hf.LogitsProcessor):
+    """-inf where a token is no child of a running beam's node."""
+
+    def __init__(self, searches: Sequence[Any]) -> None:
+        self.searches = searches
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        trie = self.searches[0].trie
+        nodes = torch.cat([search.running.nodes for search in self.searches], 1).view(-1, 1)
+        tokens = torch.arange(scores.shape[1], device=scores.device).expand(len(nodes), -1)
+        return scores.masked_fill(trie.advance(nodes, tokens) < 0, -torch.inf)
+
+
+def with_trie(processors: Any, searches: Sequence[Any]) -> Any:
+    """The processors with the searches' trie among them, if they have one."""
+    if searches[0].trie is None:
+        return processors
+    place = 0
+    while place < len(processors) and type(processors[place]) in _BEFORE_TRIE:
+        place += 1
+    return hf.LogitsProcessorList([*processors[:place], _InTrie(searches), *processors[place:]])
 
 
 # Of each row, the tokens that a processor rules out, -1 for none.

@@ -10,11 +10,16 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from flashkern.integrations import _beam_search
 from flashkern.integrations._beam_search import beam_search
 from flashkern.integrations._beam_sets import Search
+from flashkern.integrations._penalties import Penalties
 from tests.integrations.test_beam_search import model, prompt
 from tests.integrations.tiny import VOCAB
 
@@ -41,11 +46,15 @@ def search(name: str, ids: torch.Tensor, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("early", [False, True, "never"])
+@pytest.mark.parametrize("penalty", [-0.5, 1.0, 2.0])
 @pytest.mark.parametrize("processors", [[], [Nothing()]])
-def test_each_prompt_as_if_alone(name: str, early: bool, processors: list[Any]) -> None:
+def test_each_prompt_as_if_alone(
+    name: str, early: bool | str, penalty: float, processors: list[Any]
+) -> None:
     ids, widths = prompt(name), [4, 2, 5]
-    kwargs = {"eos_token_id": [5, 11], "early_stopping": early, "num_return_sequences": 2}
+    kwargs = {"eos_token_id": [5, 11, 17, 23], "early_stopping": early, "num_return_sequences": 2}
+    kwargs |= {"length_penalty": penalty, "max_new_tokens": 9}
     kwargs["logits_processor"] = LogitsProcessorList(processors)
     together = search(name, ids, num_beams=5, num_beams_per_prompt=widths[: len(ids)], **kwargs)
     for i, width in enumerate(widths[: len(ids)]):
@@ -53,7 +62,7 @@ def test_each_prompt_as_if_alone(name: str, early: bool, processors: list[Any]) 
         rows = together.sequences[2 * i : 2 * i + 2]
         width = alone.sequences.shape[1]
         assert torch.equal(rows[:, :width], alone.sequences)
-        assert (rows[:, width:] == 0).all()
+        assert (rows[:, width:] == 5).all()  # filled up as transformers does where padding is 0
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,7 @@ def test_each_prompt_as_if_alone(name: str, early: bool, processors: list[Any]) 
         ({"num_beams_per_prompt": [2, 2, 2], "num_beam_groups": 2}, "num_beam_groups must be 1"),
         ({"stochastic": True, "do_sample": True}, "do_sample must be False with stochastic"),
         ({"stochastic": True, "num_beam_groups": 2}, "num_beam_groups must be 1 with stochastic"),
+        ({"force_words_ids": [[5]]}, "force_words_ids must be None"),
         ({"num_beam_groups": 3}, "must be a multiple of num_beam_groups = 3, got 4"),
         ({"num_beam_groups": 2, "diversity_penalty": -1.0}, "must not be negative, got -1.0"),
     ],
@@ -129,13 +139,40 @@ def test_penalties_of_groups_on_both_paths() -> None:
     assert torch.equal(fused.beam_indices, dense.beam_indices)
 
 
-# ---- stochastic beams ----
-
-
 class Config:
-    num_beams, max_length, do_sample, early_stopping = 2, 4, False, False
+    max_length, do_sample, early_stopping = 4, False, False
     length_penalty = 1.0
     _eos_token_tensor = _pad_token_tensor = None
+
+
+def test_what_earlier_groups_took_costs_every_beam() -> None:
+    """Beside a repetition penalty, which only what a sequence holds pays."""
+    ids = torch.tensor([[3, 4, 4], [3, 4, 9], [7, 7, 8], [1, 0, 2]])
+    beams = Search(ids, Config, 2, torch.tensor([[0], [2]]))
+    beams.running = beams.running._replace(scores=torch.randn(2, 2))
+    logits = torch.randn(2, 2, 12)
+    chosen = torch.tensor([[5, 4, 4], [8, 0, 6]])
+    penalties = Penalties([RepetitionPenaltyLogitsProcessor(1.5)], diversity=0.8)
+    fused = beams.select(logits, penalties, chosen)
+    log_probs = penalties.diverse(logits.log_softmax(-1), chosen).flatten(0, 1)
+    log_probs = penalties.processors[0](ids, log_probs)
+    dense = beams.select_processed(log_probs.unflatten(0, (2, 2)))
+    assert torch.equal(fused.tokens, dense.tokens)
+    assert torch.equal(fused.parents, dense.parents)
+    torch.testing.assert_close(fused.scores, dense.scores, atol=1e-5, rtol=0)
+
+
+def test_what_a_group_takes_goes_on() -> None:
+    """The best candidates that do not end here; where all do, the best."""
+    beams = Search(torch.zeros(4, 3, dtype=torch.long), Config, 2, torch.tensor([[0], [2]]))
+    best = beams.select_processed(torch.randn(2, 2, 9).log_softmax(-1))
+    tokens = best.tokens[..., 3]
+    hits = torch.tensor([[True, False, True, False], [True] * 4]).flatten()
+    assert torch.equal(beams.taken(best, hits)[0], tokens[0, [1, 3]])
+    assert torch.equal(beams.taken(best, hits)[1], tokens[1, :2])
+
+
+# ---- stochastic beams ----
 
 
 def test_stochastic_beams_are_drawn_without_replacement() -> None:

@@ -25,12 +25,20 @@ def _legal(got: torch.Tensor, sequences: torch.Tensor) -> bool:
     return all(bool((sequences == row).all(1).any()) for row in got)
 
 
+SAMPLED = {"do_sample": True, "top_k": 3}
+EXTRAS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "rescored": {"repetition_penalty": 1.3},
+    "banned": {"suppress_tokens": list(range(20, 40))},
+    "dense": {"scores": True},
+    "sampled": SAMPLED,
+    "typical": {**SAMPLED, "top_k": 0, "typical_p": 0.6},
+    "renormalised": {"renormalize_logits": True},
+}
+
+
 @pytest.mark.parametrize("name", ["llama", "bart"])
-@pytest.mark.parametrize(
-    "extra",
-    [{}, {"repetition_penalty": 1.3}, {"suppress_tokens": list(range(20, 40))}, {"scores": True}],
-    ids=["fused", "rescored", "banned", "dense"],
-)
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
 def test_same_as_a_prefix_function(name: str, extra: dict[str, Any], backend: str) -> None:
     sequences = torch.cat([_sequences(4000, 3), torch.full((4000, 1), EOS)], 1)
     trie = fk.Trie.from_sequences(sequences)
@@ -56,7 +64,9 @@ def test_same_as_a_prefix_function(name: str, extra: dict[str, Any], backend: st
     }
     if options.pop("scores", False):
         options.update(return_dict_in_generate=True, output_scores=True)
+    torch.manual_seed(2)
     want: Any = model(name).generate(ids, prefix_allowed_tokens_fn=allowed, **options)
+    torch.manual_seed(2)
     got: Any = model(name).generate(ids, custom_generate=beam_search, trie=trie, **options)
     if options.get("output_scores"):
         torch.testing.assert_close(got.sequences_scores, want.sequences_scores)
@@ -124,6 +134,13 @@ def test_drawn_beams(backend: str) -> None:
         pad_token_id=3,
     )
     assert _legal(got[:, 7:9].cpu(), sequences.cpu())
+
+
+def test_what_is_no_trie() -> None:
+    with pytest.raises(TypeError, match="must be a flashkern.Trie, got list"):
+        model("llama").generate(
+            prompt("llama"), custom_generate=beam_search, trie=[[1, 2]], num_beams=2
+        )
 
 
 def test_a_trie_of_another_vocabulary() -> None:
