@@ -197,15 +197,19 @@ def _padding(mask: Tensor | None, keys: int, kv_offset: int) -> dict[str, Tensor
         mask = torch.nn.functional.pad(mask, (0, missing))
     mask = mask[:, kv_offset : kv_offset + keys]
     lengths = mask.sum(-1, dtype=torch.int32)
-    if bool((lengths == keys).all()):
-        return {}
     place = torch.arange(keys, device=mask.device)
-    if torch.equal(place < lengths[:, None], mask):
-        return {"lengths": lengths}
     starts = keys - lengths
-    if torch.equal(place >= starts[:, None], mask):
-        return {"padding": mask, "starts": starts}
-    return {"padding": mask}
+    forms = [
+        lengths == keys,
+        (place < lengths[:, None]) == mask,
+        (place >= starts[:, None]) == mask,
+    ]
+    full, right, left = torch.stack([form.all() for form in forms]).tolist()  # one wait for a GPU
+    if full:
+        return {}
+    if right:
+        return {"lengths": lengths}
+    return {"padding": mask, "starts": starts} if left else {"padding": mask}
 
 
 def _without_effect(band: Band, q_offset: int, queries: int, kv_offset: int, keys: int) -> Band:
