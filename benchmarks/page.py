@@ -137,6 +137,30 @@ def _bars(run: Run) -> str:
     return f"<h2>Bars</h2><div class=scroll><table>{_head(bars.COLUMNS)}{body}</table></div>"
 
 
+def _beam_search(run: Run, plots: list[Path]) -> str:
+    found = run.beam_search
+    if not found:
+        return ""
+    contenders = found["contenders"]
+    parts = next(iter(contenders.values()))["parts"]
+    head = "".join(
+        f'<th class="r">{html.escape(p)}</th>' for p in ("prompt", *parts, "share of the reorder")
+    )
+    rows = []
+    for name, own in contenders.items():
+        times = [own["prompt"], *own["parts"].values()]
+        cells = [f"{1e3 * t:.3g} ms" for t in times]
+        share = own["parts"]["reorder of the cache"] / sum(own["parts"].values())
+        cells.append(f"{100 * share:.2g}%")
+        rows.append(f"<tr><td>{name}</td>{''.join(f'<td class=r>{c}</td>' for c in cells)}</tr>")
+    pictures = "".join(_image(p) for p in plots if p.stem == "beam-search")
+    return f"""<h2>Beam search: {found["beams"]} beams behind {found["prompt"]} tokens</h2>
+<p class="note">The prompt's pass, then each step: the model's pass, the reorder of its cache, and
+all else. Below, what the beams that came back have in common.</p>
+<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>{"".join(rows)}</table></div>
+{pictures}<pre>{html.escape(found["tree"])}</pre>"""
+
+
 def _missing(run: Run) -> str:
     reasons = {(n, r) for found in run.record["missing"].values() for n, r in found.items()}
     if not reasons:
@@ -164,10 +188,11 @@ def write(run: Run, plots: list[Path], path: Path) -> None:
 {run.date[:16].replace("T", " ")} UTC, {run.record["seconds"]:.0f} s</p>
 <div class="tiles">{_tiles(run)}</div>
 {_bars(run)}{models}
+{_beam_search(run, plots)}
 <h2>Operators</h2><div class="scroll">{_operators(run)}</div>
 <p class="note">Hold the pointer over a row to see the time of every provider.
 = marks a difference inside the noise.</p>
-<h2>Plots</h2>{"".join(_image(p) for p in plots)}
+<h2>Plots</h2>{"".join(_image(p) for p in plots if p.stem != "beam-search")}
 <h2>How to read this</h2><p>{_METHOD}</p>
 <h2>Machine</h2>{_machine(run)}
 {_missing(run)}

@@ -275,9 +275,40 @@ def _by_threads(run: Run) -> Any | None:
     return figure
 
 
+def _beam_search(found: dict[str, Any]) -> Any:
+    """Left: the time of a step by part. Right: what the cache holds after each step."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.6))
+    names = list(found["contenders"])
+    colours = (FAINT, "#f08c00", INK)
+    for place, name in enumerate(names):
+        begin = 0.0
+        for (part, seconds), colour in zip(
+            found["contenders"][name]["parts"].items(), colours, strict=True
+        ):
+            label = part if place == 0 else None
+            left.barh(place, 1e3 * seconds, left=begin, color=colour, label=label, height=0.6)
+            begin += 1e3 * seconds
+        held = [size / 2**20 for size in found["contenders"][name]["held"]]
+        right.plot(held, color=OWN if name == FLASHKERN else PEER, label=name)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set_xlabel("ms")
+    left.set_title("A step of beam search")
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncol=3)
+    right.set_ylim(0, None)
+    right.set_xlabel("step")
+    right.set_ylabel("MiB")
+    right.set_title("What its cache holds")
+    right.legend(fontsize=7)
+    return figure
+
+
 def _figures(run: Run) -> Iterator[tuple[str, Any]]:
     if run.models:
         yield "models", _speedups(run, run.models, "Real models: speed-up over torch")
+    if run.beam_search:
+        yield "beam-search", _beam_search(run.beam_search)
     if run.operators:
         yield "speedups", _speedups(run, run.operators, "Operators: speed-up over the best peer")
     yield "attention-length", _by_length(run)

@@ -95,6 +95,11 @@ class Run:
         return self.record["machine"]["gpu"] if self.record.get("device") == "cuda" else None
 
     @property
+    def beam_search(self) -> dict[str, Any] | None:
+        """What models/beam_parts.py measured, if it ran."""
+        return self.record.get("beam_search")
+
+    @property
     def processor(self) -> str:
         """The name of what was measured."""
         return self.gpu["name"] if self.gpu else self.record["machine"]["cpu"]["model"]

@@ -95,6 +95,7 @@ class Bench:
     scale: float = 1.0  # of the seconds that the profile gives to a case
     roofs: dict[int, Roof] = field(default_factory=dict)
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
+    beam_search: dict[str, Any] | None = None  # models/beam_parts.py
     started: float = field(default_factory=time.time)
     listener: Any = None  # told of each case: begin(label), end(label, medians)
     _last: tuple[str, Measured] | None = None
@@ -172,5 +173,6 @@ class Bench:
             "machine": machine.describe(self.threads, self.clock.name),
             "roofs": [r.as_dict() for r in self.roofs.values()],
             "missing": self.missing,
+            "beam_search": self.beam_search,
             "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
         }

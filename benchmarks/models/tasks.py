@@ -41,7 +41,7 @@ def _smollm2() -> tuple[Any, Any]:
     return loaders.smollm2()
 
 
-def _switch(model: Any, name: str) -> Callable[[], None]:
+def switch(model: Any, name: str) -> Callable[[], None]:
     """Makes `model` compute attention as the contender `name` does."""
     from transformers.utils.logging import set_verbosity_error
 
@@ -56,7 +56,7 @@ def _attention_contenders(
     model: Any, names: tuple[str, ...], call: Callable[[], Any]
 ) -> list[Contender]:
     roles = {FLASHKERN: FLASHKERN}
-    made = [Contender(n, call, roles.get(n, "peer"), _switch(model, n)) for n in names]
+    made = [Contender(n, call, roles.get(n, "peer"), switch(model, n)) for n in names]
     return with_control(made)
 
 
@@ -108,40 +108,59 @@ def _generate(full: bool) -> Problem:
 
 def _beam_contenders(model: Any, search: Callable[..., Any]) -> list[Contender]:
     """A beam search by flashkern, attention and cache included, beside transformers' own."""
-    from flashkern.integrations.transformers import beam_search
-
-    mine = functools.partial(search, custom_generate=beam_search)
+    mine = functools.partial(search, own=True)
     return with_control(
         [
-            Contender(FLASHKERN, mine, FLASHKERN, _switch(model, FLASHKERN)),
-            Contender(TRANSFORMERS, search, "peer", _switch(model, SDPA)),
+            Contender(FLASHKERN, mine, FLASHKERN, switch(model, FLASHKERN)),
+            Contender(TRANSFORMERS, search, "peer", switch(model, SDPA)),
         ]
     )
 
 
-def _beams(full: bool) -> Problem:
-    """Beam search behind a prompt; the result is the text."""
+@dataclass(frozen=True)
+class BeamSetup:
+    """The beam search of the task: `search(own=True)` is flashkern's, keywords go to generate."""
+
+    model: Any
+    tokenizer: Any
+    beams: int
+    prompt: int  # tokens
+    new: int
+    search: Callable[..., Any]
+
+
+def beam_setup(full: bool) -> BeamSetup:
+    from flashkern.integrations.transformers import beam_search
+
     model, tokenizer = _smollm2()
     ids = _prompt(tokenizer, 512 if full else 256)
     beams, new = (8, 64) if full else (4, 12)
 
     @torch.no_grad()
-    def search(**more: Any) -> torch.Tensor:
-        mask = torch.ones_like(ids)
+    def search(own: bool = False, **more: Any) -> Any:
         return model.generate(
             ids,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(ids),
             num_beams=beams,
             max_new_tokens=new,
             min_new_tokens=new,
             do_sample=False,
+            **({"custom_generate": beam_search} if own else {}),
             **more,
         )
 
-    def quality(_: str, result: torch.Tensor) -> dict[str, Any]:
-        return {"text": tokenizer.decode(result[0, ids.shape[1] :])}
+    return BeamSetup(model, tokenizer, beams, ids.shape[1], new, search)
 
-    return Problem(_beam_contenders(model, search), units={"tokens": new}, quality=quality)
+
+def _beams(full: bool) -> Problem:
+    """Beam search behind a prompt; the result is the text."""
+    setup = beam_setup(full)
+
+    def quality(_: str, result: torch.Tensor) -> dict[str, Any]:
+        return {"text": setup.tokenizer.decode(result[0, setup.prompt :])}
+
+    contenders = _beam_contenders(setup.model, setup.search)
+    return Problem(contenders, units={"tokens": setup.new}, quality=quality)
 
 
 def _embed(full: bool) -> Problem:
@@ -206,7 +225,7 @@ def _finetune(full: bool) -> Problem:
         base.set_attn_implementation("sdpa")
         fkp.unpatch(model)
 
-    _switch(base, SDPA)()
+    switch(base, SDPA)()
     contenders = [
         Contender(FLASHKERN, call, FLASHKERN, own),
         Contender(PEFT, call, "peer", peers),
@@ -223,7 +242,10 @@ def _transcribe(full: bool) -> Problem:
     features = inputs.input_features
     beams, new = (8, 60) if full else (4, 30)
 
-    def transcribe(**more: Any) -> torch.Tensor:
+    def transcribe(own: bool = False) -> torch.Tensor:
+        from flashkern.integrations.transformers import beam_search
+
+        more = {"custom_generate": beam_search} if own else {}
         with torch.no_grad():
             return model.generate(features, num_beams=beams, max_new_tokens=new, **more)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.clock import Replay
+from benchmarks.models import beam_parts
 from benchmarks.models.tasks import TASKS
 from benchmarks.problem import same
 from benchmarks.profiles import PROFILES
@@ -43,5 +44,7 @@ def test_model(benchmark: Any, bench: Bench, task: str, provider: str) -> None:
     benchmark.pedantic(REPLAY.step, rounds=len(measured.seconds[provider]))
     if provider == FLASHKERN:
         results = {n: info["quality"] for n, info in measured.info.items() if n != CONTROL}
+        if task == "beams":
+            bench.beam_search = beam_parts.measure(bench.profile_name == "full")
         for key, own in results[FLASHKERN].items():
             assert all(same(own, other[key]) for other in results.values()), results

@@ -49,6 +49,12 @@ def result_file(tmp_path):
         roofs = [{"threads": t, "fma": 1e11 * t, "gemm": 8e10, "read": read} for t in (1, 2)]
         record = {"profile": "quick", "seconds": 1.0, "machine": machine, "roofs": roofs}
         record |= {"missing": {"beam": {"beamgrad": "is not installed"}}, "command": "run"}
+        parts = {"model": 0.03, "reorder of the cache": 0.001, "selection and the rest": 0.009}
+        one = {"prompt": 0.2, "parts": parts, "held": [1 << 20, 2 << 20]}
+        record["beam_search"] = {
+            "beams": 4, "prompt": 256, "tree": "+- a <b>",
+            "contenders": {FLASHKERN: one, "transformers": one},
+        }  # fmt: skip
         path = tmp_path / name
         data = {"flashkern": record, "benchmarks": entries, "datetime": "2026-01-01T00:00:00"}
         path.write_text(json.dumps(data))

@@ -65,12 +65,21 @@ def test_report_shows_every_case(result_file, tmp_path):
 
     drawn = plots.draw(run, tmp_path)
     names = {path.stem for path in drawn}
-    assert names == {"models", "speedups", "attention-length", "roofline-attention",
+    assert names == {"models", "beam-search", "speedups", "attention-length", "roofline-attention",
                      "roofline-lora", "roofline-beam", "threads"}  # fmt: skip
     page.write(run, drawn, tmp_path / "index.html")
     text = (tmp_path / "index.html").read_text()
     assert text.count("data:image/png;base64,") == len(drawn)
     assert "a &lt;CPU&gt;" in text and 'src="http' not in text and "href" not in text
+
+
+def test_report_tells_of_beam_search(result_file, tmp_path):
+    run = results.load(result_file("a.json", CASES))
+    page.write(run, plots.draw(run, tmp_path), tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text()
+    assert "4 beams behind 256 tokens" in text and "+- a &lt;b&gt;" in text
+    assert "<td class=r>2.5%</td>" in text  # 1 of 40 ms
+    assert 'alt="beam-search"' in text
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
