@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.kernels("attention_forward", "attention_beams", "beam_topk")
 pytest.importorskip("transformers")
 
 from flashkern.integrations import _beam_search
 from flashkern.integrations import transformers as fkt
 from tests.gpu.test_integrations import IDS, llama
+
+pytestmark = pytest.mark.kernels("attention_forward", "attention_beams", "beam_topk")
 
 
 def unwaiting(call: Any) -> Any:
