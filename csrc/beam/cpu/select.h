@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -87,35 +88,51 @@ struct Candidates {
   }
 };
 
+// A logit below which no score reaches `lowest`: less by more than all its roundings could take
+// away. NaN, which nothing is below, where that cannot be told.
+inline float least_logit(const Normaliser& n, float lowest) {
+  const float size = std::fabs(n.shift) + std::fabs(n.log_sum) + std::fabs(n.beam_score);
+  return n.shift + n.log_sum - n.beam_score + lowest - 1e-6f * (size + std::fabs(lowest));
+}
+
 // Adds the candidates among some logits in flat order. `index_of(i)`: logit i's flat index, or -1
-// where it is not allowed; asked of those alone whose score passes.
+// where it is not allowed; asked of those alone whose score passes. Most logits are too low by far:
+// they are compared, four vectors at once, and not scored.
 template <class T, class Index>
 void gather_chunk(const T* logits, int64_t count, const Normaliser& n, Threshold& threshold,
                   Candidates& out, Index&& index_of) {
-  const auto consider = [&](float logit, int64_t i) {
-    const uint32_t value = beam::ordered(beam::score(logit, n));
+  const auto consider = [&](int64_t i) {
+    const uint32_t value = beam::ordered(beam::score(to_float(logits[i]), n));
     if (value < threshold.ordered) return;
     const int64_t index = index_of(i);
     if (index < 0) return;
     if (value == threshold.ordered && threshold.ties-- <= 0) return;
     out.add(value, index);
   };
+  const float lowest_score = beam::score_of(threshold.ordered);
+  const VecF lowest = broadcast(lowest_score), least = broadcast(least_logit(n, lowest_score));
   const VecF shift = broadcast(n.shift), log_sum = broadcast(n.log_sum);
   const VecF beam_score = broadcast(n.beam_score), masked = broadcast(-kInf);
-  const VecF lowest = broadcast(beam::score_of(threshold.ordered));
   const bool strict = threshold.ties <= 0;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  const auto consider_vector = [&](int64_t i) {
     const VecF x = load(logits + i);
     const VecF s = x == masked ? masked : beam::score(x, shift, log_sum, beam_score);
     // Not below, rather than above: NaN passes, and `consider` decides.
     const VecI below = strict ? s <= lowest : s < lowest;
     for (uint32_t rest = bits(~below); rest != 0; rest &= rest - 1) {
-      const int lane = __builtin_ctz(rest);
-      consider(to_float(logits[i + lane]), i + lane);
+      consider(i + __builtin_ctz(rest));
     }
+  };
+  constexpr int kAtOnce = 4;
+  int64_t i = 0;
+  for (; i + kAtOnce * kLanes <= count; i += kAtOnce * kLanes) {
+    VecI below = load(logits + i) < least;
+    for (int v = 1; v < kAtOnce; ++v) below &= load(logits + i + v * kLanes) < least;
+    if (!any(~below)) continue;
+    for (int v = 0; v < kAtOnce; ++v) consider_vector(i + v * kLanes);
   }
-  for (; i < count; ++i) consider(to_float(logits[i]), i);
+  for (; i + kLanes <= count; i += kLanes) consider_vector(i);
+  for (; i < count; ++i) consider(i);
 }
 
 // The k best of all the lists' candidates, or all, best first. The lists are in flat order one
