@@ -76,6 +76,7 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) --group bench
 	BEAMGRAD_CUDA=0 $(PIP) --no-build-isolation --no-deps --no-cache-dir --group peers || echo "flashkern: beamgrad did not install; its column stays empty"
+	$(PIP) --no-deps --group engines || echo "flashkern: CTranslate2 did not install; its column stays empty"
 	touch $@
 
 # An editable install: the library lies in flashkern/, Python files are used where they are. pip

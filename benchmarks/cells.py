@@ -80,9 +80,10 @@ def cells(row: Row, noise: float) -> dict[str, str]:
 
 
 def quality_cells(row: Row) -> str:
-    """What a model computed, flashkern's beside the best peer's: "perplexity 12.34 = 12.34"."""
+    """What a model computed, flashkern's beside torch's: "perplexity 12.34 = torch's"."""
     own = row.quality.get(FLASHKERN, {})
-    other: dict[str, Any] = row.quality.get(row.best_peer or "", {})
+    peers = sorted(row.peers, key=row.peers.__getitem__)
+    other: dict[str, Any] = next((row.quality[n] for n in peers if row.quality.get(n)), {})
     parts = []
     for key, value in own.items():
         shown = f"{key} {value:.4g}" if isinstance(value, float) else key

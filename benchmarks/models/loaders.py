@@ -219,6 +219,18 @@ def whisper(
     return model, tokenizer, extractor
 
 
+def whisper_engine(threads: int) -> Any:
+    """The same weights in CTranslate2, in float32; None where it is not installed."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        return None
+    import ctranslate2
+
+    folder = _package_dir("whisper") / "model"
+    return ctranslate2.models.Whisper(
+        str(folder), device="cpu", compute_type="float32", intra_threads=threads
+    )
+
+
 @functools.cache
 def _bible() -> str:
     # The package holds one string literal followed by an index; importing it would also load a

@@ -234,30 +234,51 @@ def _finetune(full: bool) -> Problem:
     return Problem(with_control(contenders), units=units, quality=quality)
 
 
+def _engine(features: torch.Tensor, beams: int, new: int, eos: int) -> list[Contender]:
+    """CTranslate2, which searches by rules of its own: as many steps, but another text."""
+    model = loaders.whisper_engine(torch.get_num_threads())
+    if model is None:
+        return []
+    import ctranslate2
+
+    given = ctranslate2.StorageView.from_array(features.numpy())
+    begin = [[50257, 50362]]  # start of transcript, no timestamps
+    options = {"beam_size": beams, "max_length": new + 1, "suppress_tokens": [-1, eos]}
+
+    def call() -> Any:
+        return model.generate(given, begin, **options)
+
+    return [Contender(CTRANSLATE2, call, "peer")]
+
+
 def _transcribe(full: bool) -> Problem:
-    """Speech to text with a beam search; the result is the transcript."""
+    """Speech to text with a beam search of a fixed length; the result is the transcript."""
+    from flashkern.integrations.transformers import beam_search
+
     model, tokenizer, extractor = loaders.whisper()
     samples, _ = loaders.speech()
     inputs = extractor(samples, sampling_rate=loaders.SAMPLE_RATE, return_tensors="pt")
     features = inputs.input_features
     beams, new = (8, 60) if full else (4, 30)
 
+    @torch.no_grad()
     def transcribe(own: bool = False) -> torch.Tensor:
-        from flashkern.integrations.transformers import beam_search
-
         more = {"custom_generate": beam_search} if own else {}
-        with torch.no_grad():
-            return model.generate(features, num_beams=beams, max_new_tokens=new, **more)
+        length = {"min_new_tokens": new, "max_new_tokens": new}
+        return model.generate(features, num_beams=beams, **length, **more)
 
-    def quality(_: str, result: torch.Tensor) -> dict[str, Any]:
+    def quality(name: str, result: Any) -> dict[str, Any]:
+        if name == CTRANSLATE2:
+            return {}
         return {"text": tokenizer.decode(result[0], skip_special_tokens=True).strip()}
 
     seconds = len(samples) / loaders.SAMPLE_RATE
     contenders = _beam_contenders(model, transcribe)
+    contenders += _engine(features, beams, new, model.generation_config.eos_token_id)
     return Problem(contenders, units={"s of speech": seconds}, quality=quality)
 
 
-PEFT, TRANSFORMERS = "peft + sdpa", "transformers"
+PEFT, TRANSFORMERS, CTRANSLATE2 = "peft + sdpa", "transformers", "ctranslate2"
 FIRST_TOKEN = Task(
     "SmolLM2-135M first token", ("smollm2", "bible_text"), (FLASHKERN, SDPA), _first_token
 )
@@ -272,7 +293,10 @@ EMBED = Task(
 )
 FINETUNE = Task("SmolLM2-135M LoRA step", ("smollm2", "bible_text"), (FLASHKERN, PEFT), _finetune)
 TRANSCRIBE = Task(
-    "Whisper tiny.en beam search", ("whisper",), (FLASHKERN, TRANSFORMERS), _transcribe
+    "Whisper tiny.en beam search",
+    ("whisper",),
+    (FLASHKERN, TRANSFORMERS, CTRANSLATE2),
+    _transcribe,
 )
 
 TASKS = {

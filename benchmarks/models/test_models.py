@@ -38,6 +38,8 @@ def _measure(bench: Bench, name: str) -> Measured:
 @pytest.mark.benchmark(timer=REPLAY)
 def test_model(benchmark: Any, bench: Bench, task: str, provider: str) -> None:
     measured = _measure(bench, task)
+    if provider not in measured.seconds:
+        pytest.skip(f"{provider} is not installed")
     REPLAY.load(measured.seconds[provider])
     benchmark.group = measured.group
     benchmark.extra_info.update(measured.info[provider])
@@ -47,4 +49,5 @@ def test_model(benchmark: Any, bench: Bench, task: str, provider: str) -> None:
         if task == "beams":
             bench.beam_search = beam_parts.measure(bench.profile_name == "full")
         for key, own in results[FLASHKERN].items():
-            assert all(same(own, other[key]) for other in results.values()), results
+            others = [other[key] for other in results.values() if key in other]
+            assert all(same(own, other) for other in others), results
