@@ -75,8 +75,18 @@ def test_attention_backward(launched: Callable[..., int]) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_lora_decode(launched: Callable[..., int], rows: int) -> None:
     x, weight = (torch.randn(n, 64).bfloat16() for n in (rows, 96))
-    a, b = torch.randn(8, 64), torch.randn(96, 8)
-    assert launched(fk.lora_linear, x, weight, a, b) == 1
+    for rank, dtype, launches in (
+        (16, torch.float32, 1),
+        (
+            17,
+            torch.float32,
+            2,
+        ),  # h comes first: each block reads all of A
+        (32, torch.bfloat16, 1),
+        (33, torch.bfloat16, 2),
+    ):
+        a, b = torch.randn(rank, 64).to(dtype), torch.randn(96, rank).to(dtype)
+        assert launched(fk.lora_linear, x, weight, a, b) == launches
 
 
 @pytest.mark.parametrize("adapters", [1, 30])

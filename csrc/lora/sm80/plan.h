@@ -77,7 +77,7 @@ inline int64_t backward_workspace(const LoraBackward& p) {
 // ---- the base product ----
 
 inline constexpr int kProductTile = 128, kFloatTile = 64;  // rows and columns of a block of y
-inline constexpr int kDecodeRows = 64, kDecodeRank = 64, kDecodeColumns = 32;
+inline constexpr int kDecodeRows = 64, kDecodeColumns = 32;
 
 // Who computes the base product, rows x depth, on a GPU. 16-bit dtypes run on tensor cores here,
 // with the adapter in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A
@@ -104,16 +104,20 @@ inline LoraBase lora_base(int64_t rows, int64_t depth, DType dtype, bool forward
   return wide && !own && depth >= kBlasDepth ? LoraBase::kBlas : LoraBase::kTiles;
 }
 
+inline bool starts_a_chunk(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
 // What decode.cu takes beyond its rows; other calls run as tiles.
 inline bool decode_fits(const LoraForward& p) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return p.base == LoraBase::kFew && p.rows <= kDecodeRows && p.dtype != DType::kFloat32 &&
-         p.in % 8 == 0 && p.x_row % 8 == 0 && aligned(p.x) && aligned(p.weight);
+         p.in % 8 == 0 && p.x_row % 8 == 0 && starts_a_chunk(p.x) && starts_a_chunk(p.weight);
 }
 
-// And where it computes h too; else the shrink has gone before.
+// And where it computes h too; else the shrink has gone before. Every block reads all of A, from
+// L2: up to here no more bytes than its own rows of W, which lie in memory.
 inline bool decode_shrinks(const LoraForward& p) {
-  return p.adapters.ids == nullptr && p.adapters.rank <= kDecodeRank && p.dropout.threshold == 0;
+  const LoraAdapters& ad = p.adapters;
+  const int64_t most = ad.dtype == p.dtype ? kDecodeColumns : kDecodeColumns / 2;
+  return ad.ids == nullptr && ad.rank <= most && p.dropout.threshold == 0 && starts_a_chunk(ad.a);
 }
 
 // ---- the forward pass as a whole ----
