@@ -51,7 +51,8 @@ TOPK = ("LDG.E.128.CONSTANT", "MUFU.EX2", "MEMBAR.ALL.GPU", "ATOMG.E.ADD.S32.STR
 HALF = r"(BFloat16|Half)"
 # forward<dtype, columns, form>, backward<dtype, columns, full>,
 # decode_kernel<dtype, adapter's, strips of rows, slabs of ranks>,
-# shrink_kernel and gradient_kernel<dtype, ranks>, topk<dtype, constrained>.
+# shrink_kernel<dtype, ranks, float32 adapter>, gradient_kernel<dtype, ranks>,
+# topk<dtype, constrained>.
 BUDGETS = {
     rf"forward<{HALF}, \d+, 0>": Budget(32, 8, ATTENTION, fragments=0.63),
     rf"forward<{HALF}, \d+, 1>": Budget(128, 2, ATTENTION, fragments=0.63),
@@ -73,8 +74,10 @@ BUDGETS = {
     r"decode_kernel<\w+, \w+, (8, \d|4, 2)>": Budget(256, 1, DECODE, steady=True),
     r"product_kernel<.*>": Budget(128, 2, TILES, fragments=0.25, steady=True),
     r"product_float_kernel": Budget(256, 1, ("FFMA",), steady=True),
-    r"(shrink|gradient)_kernel<\w+, 16>": Budget(128, 3, TILES, fragments=0.67, steady=True),
-    r"(shrink|gradient)_kernel<\w+, 64>": Budget(256, 1, TILES, fragments=0.67, steady=True),
+    r"(shrink|gradient)_kernel<\w+, (16|32)(, true)?>": Budget(128, 3, TILES, 0.67, steady=True),
+    r"(shrink|gradient)_kernel<\w+, 64(, true)?>": Budget(256, 2, TILES, 0.67, steady=True),
+    r"shrink_kernel<\w+, (16|32), false>": Budget(128, 3, TILES, 1, steady=True),
+    r"shrink_kernel<\w+, 64, false>": Budget(256, 2, TILES, 1, steady=True),
     r"sort_kernel": Budget(256, 8),
     r"add_kernel<\w+>": Budget(256, 8),
     r"topk<\w+, (true|false)>": Budget(512, 2, TOPK),

@@ -98,6 +98,48 @@ def test_an_id_out_of_range_is_no_adapter(backend: str, rows: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows,rank", [(70, 12), (300, 20), (150, 64), (90, 70)])
+def test_a_split_shrink(backend: str, rows: int, rank: int, wide: bool, dtype: torch.dtype) -> None:
+    """A row's h is the same alone and among others' rows, run after run, to float32's error."""
+    adapter = torch.float32 if wide else dtype
+    x, weight = torch.randn(rows, 701).to(dtype), torch.randn(8, 701).to(dtype)
+    a, b = torch.randn(5, rank, 701).to(adapter), torch.randn(5, 8, rank).to(adapter)
+    ids = torch.randint(-1, 4, (rows,))
+    ids[ids == 1] = 3  # adapters 1 and 4 have no rows
+    scalings = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    several = [ops.lora_linear(x, weight, a, b, None, ids, scalings, 1.0, 0.0, None)[1]
+               for _ in range(2)]  # fmt: skip
+    assert torch.equal(*several) and (several[0][ids < 0] == 0).all()
+    for n in (0, 2, 3):
+        scale = float(scalings[n])
+        h = ops.lora_linear(x, weight, a[n], b[n], None, None, None, scale, 0.0, None)[1]
+        want = scale * x.double() @ a[n].double().T
+        assert (h - want).norm() <= 1e-6 * want.norm()
+        if backend in ("emulated", "cuda"):
+            assert torch.equal(several[0][ids == n], h[ids == n])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [12, 31, 64])
+@pytest.mark.parametrize("width", [300, 301])
+def test_gradients_of_16_bit_adapters(
+    backend: str, width: int, rank: int, dtype: torch.dtype
+) -> None:
+    x, grad = torch.randn(90, 72).to(dtype), torch.randn(90, width).to(dtype)
+    weight, a = torch.randn(width, 72).to(dtype), torch.randn(rank, 72).to(dtype)
+    b = torch.randn(width, rank).to(dtype)
+    h = 0.7 * x.float() @ a.float().T
+    dx, da, db = ops.lora_linear_backward(
+        grad, x, weight, a, b, h, None, None, 0.7, 0.0, None, True, True, True
+    )
+    dh = 0.7 * grad.double() @ b.double()
+    wants = dh @ a.double() + grad.double() @ weight.double(), dh.T @ x.double()
+    for got, want in zip((dx, da, db), (*wants, grad.double().T @ h.double()), strict=True):
+        assert (got - want).norm() <= torch.finfo(dtype).eps * want.norm()
+
+
 def among_nan(x: Tensor, offset: int) -> Tensor:
     """The same values as a view; all around it, and between its rows, are NaN."""
     rows, width = x.shape

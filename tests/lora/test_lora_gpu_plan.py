@@ -54,8 +54,9 @@ def test_float32_is_blas(capability: int) -> None:
 def test_a_shrink_is_split_where_rows_do_not_fill_the_machine(rows: int) -> None:
     cut = plan(rows)
     assert cut["shrink_blocks"] == -(-rows // 64) * cut["shrink_parts"]
-    assert cut["launches"] == 2 + (cut["shrink_parts"] > 1)
-    assert cut["workspace_bytes"] >= 4 * 16 * rows * cut["shrink_parts"] * (cut["launches"] - 2)
+    assert cut["launches"] == 2  # whichever block comes last adds the parts
+    parts = cut["shrink_parts"] if cut["shrink_parts"] > 1 else 0
+    assert cut["workspace_bytes"] >= 4 * 16 * rows * parts
     assert cut["shrink_parts"] > 1 or rows == 50000
 
 

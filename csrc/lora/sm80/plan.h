@@ -14,11 +14,11 @@ inline constexpr int64_t kNarrowBlocks = 264;  // two for each multiprocessor of
 inline constexpr int64_t kMaxParts = 16;
 
 // Columns of the rank that a block of the narrow kernels takes.
-constexpr int narrow_ranks(int64_t rank) { return rank <= 16 ? 16 : 64; }
+constexpr int narrow_ranks(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A sum over `depth` in parts of `step` each, which are added in order afterwards.
+// A sum over `depth` in parts of `step` each, which are added in order afterwards. A step is even.
 struct Parts {
   int64_t count, step;
 };
@@ -50,9 +50,22 @@ inline int64_t order_bytes(int64_t rows, const LoraAdapters& ad) {
   return ad.ids == nullptr ? 0 : padded_bytes(4 * rows) + padded_bytes(4 * (ad.count + 1));
 }
 
-inline int64_t shrink_bytes(int64_t rows, int64_t depth, int64_t rank) {
+// Pieces of the rows, of one tile and one adapter each: cut wherever a tile begins or, where there
+// are several adapters, the rows of one of them.
+inline int64_t shrink_segments(int64_t rows, int64_t several) {
+  return divide_up(rows, kNarrowTile) + several;
+}
+
+// Blocks for each part of the depth. They take a ticket where there are several parts.
+inline int64_t shrink_blocks(int64_t rows, const LoraAdapters& ad) {
+  const int64_t ranks = divide_up(ad.rank, narrow_ranks(ad.rank));
+  return shrink_segments(rows, ad.ids == nullptr ? 0 : ad.count) * ranks;
+}
+
+inline int64_t shrink_bytes(int64_t rows, int64_t depth, const LoraAdapters& ad) {
   const int64_t parts = shrink_parts(rows, depth).count;
-  return parts > 1 ? padded_bytes(4 * parts * rows * rank) : 0;
+  if (parts == 1) return 0;
+  return padded_bytes(4 * parts * rows * ad.rank) + padded_bytes(4 * shrink_blocks(rows, ad));
 }
 
 inline int64_t gradient_bytes(int64_t rows, int64_t width, const LoraAdapters& ad) {
@@ -62,15 +75,14 @@ inline int64_t gradient_bytes(int64_t rows, int64_t width, const LoraAdapters& a
 }
 
 inline int64_t forward_workspace(const LoraForward& p) {
-  return order_bytes(p.rows, p.adapters) + shrink_bytes(p.rows, p.in, p.adapters.rank);
+  return order_bytes(p.rows, p.adapters) + shrink_bytes(p.rows, p.in, p.adapters);
 }
 
 inline int64_t backward_workspace(const LoraBackward& p) {
   const LoraAdapters& ad = p.adapters;
   const int64_t dh = padded_bytes(4 * p.rows * ad.rank);
-  const int64_t parts =
-      std::max({shrink_bytes(p.rows, p.out, ad.rank), gradient_bytes(p.rows, p.in, ad),
-                gradient_bytes(p.rows, p.out, ad)});
+  const int64_t parts = std::max({shrink_bytes(p.rows, p.out, ad), gradient_bytes(p.rows, p.in, ad),
+                                  gradient_bytes(p.rows, p.out, ad)});
   return order_bytes(p.rows, ad) + dh + parts;
 }
 
@@ -141,10 +153,9 @@ inline ForwardPlan plan_forward(const LoraForward& p) {
   }
   plan.blocks = divide_up(p.rows, plan.tile_rows) * divide_up(p.out, plan.tile_columns);
   if (!shrinks && p.adapters.rank > 0) {
-    const int64_t ranks = divide_up(p.adapters.rank, narrow_ranks(p.adapters.rank));
     plan.shrink_parts = shrink_parts(p.rows, p.in).count;
-    plan.shrink_blocks = divide_up(p.rows, kNarrowTile) * plan.shrink_parts * ranks;
-    plan.launches += 1 + (plan.shrink_parts > 1);
+    plan.shrink_blocks = plan.shrink_parts * shrink_blocks(p.rows, p.adapters);
+    ++plan.launches;
   }
   if (p.adapters.ids != nullptr) ++plan.launches;
   return plan;
