@@ -54,12 +54,6 @@ struct NarrowTask {
   int adapter;
 };
 
-// Whether all pairs of a matrix's rows, from even columns on, can be loaded as one each.
-inline bool pairs_lie_together(const Factor& f, int64_t depth, int64_t element_bytes) {
-  return f.k_step == 1 && depth % 2 == 0 &&
-         reinterpret_cast<uintptr_t>(f.data) % (2 * element_bytes) == 0;
-}
-
 // kWide: the thin operand is float32; else it is T, like the other.
 template <class T, int kRanks, bool kGradient, bool kWide>
 struct NarrowSum {

@@ -103,7 +103,8 @@ inline constexpr int kDecodeRows = 64, kDecodeColumns = 32;
 //   - its epilogue reads y beneath the next tiles' products, so the first write alone is exposed:
 //     2 bytes / 3.35 TB/s = 0.6 ps for an element, and 0.6 ps more where L2 cannot hide the read;
 //   - y's first rounding is one of the adapter's part, smaller than y, not one of y itself.
-// 1.2 ps / 1.35 fs = 890: BLAS from a depth of 1024 on.
+// 1.2 ps / 1.35 fs = 890: BLAS from a depth of 1024 on. This compares the products alone: the
+// shrink reads x before either, and BLAS is one launch more.
 inline constexpr int64_t kBlasDepth = 1024;
 
 inline LoraBase lora_base(int64_t rows, int64_t depth, DType dtype, bool forward, LoraChoice choice,
@@ -138,7 +139,7 @@ struct ForwardPlan {
   LoraBase base;                            // who computes the base product in the end
   int64_t tile_rows, tile_columns, blocks;  // of the kernel that writes y
   int64_t shrink_blocks, shrink_parts;      // 0: that kernel computes h itself
-  int launches;
+  int launches;                             // our own: BLAS's, where it is the base, come on top
 };
 
 inline ForwardPlan plan_forward(const LoraForward& p) {
