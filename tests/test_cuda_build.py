@@ -46,10 +46,13 @@ COPY = "LDGSTS.E.BYPASS.LTC128B.128"
 TILES = ("HMMA.16816.F32", "LDSM", COPY)
 ATTENTION = (*TILES, "MUFU.EX2")
 FLOAT_ATTENTION = ("HMMA.1688.F32.TF32", COPY, "MUFU.EX2")
+DECODE = ("HMMA.16816.F32", "LDG.E.128")
 TOPK = ("LDG.E.128.CONSTANT", "MUFU.EX2", "MEMBAR.ALL.GPU", "ATOMG.E.ADD.S32.STRONG.GPU")
 HALF = r"(BFloat16|Half)"
-# forward<dtype, columns, form>, backward<dtype, columns, full>, decode_kernel<dtype, strips>,
-# shrink_kernel and gradient_kernel<dtype, ranks>, topk<dtype, constrained>.
+# forward<dtype, columns, form>, backward<dtype, columns, full>,
+# decode_kernel<dtype, adapter's, strips of rows, slabs of ranks>,
+# shrink_kernel<dtype, ranks, float32 adapter>, gradient_kernel<dtype, ranks>,
+# topk<dtype, constrained>.
 BUDGETS = {
     rf"forward<{HALF}, \d+, 0>": Budget(32, 8, ATTENTION, fragments=0.63),
     rf"forward<{HALF}, \d+, 1>": Budget(128, 2, ATTENTION, fragments=0.63),
@@ -67,12 +70,16 @@ BUDGETS = {
     r"backward<float, 256, \w+>": Budget(64, 4, FLOAT_ATTENTION, steady=True),
     r"row_deltas<\w+>": Budget(128, 7, ("LDG.E.128",)),
     r"sink_gradients": Budget(32, 32, ("DADD",)),
-    r"decode_kernel<\w+, [12]>": Budget(256, 2, ("HMMA.16816.F32", "LDG.E.128"), steady=True),
-    r"decode_kernel<\w+, 8>": Budget(256, 1, ("HMMA.16816.F32", "LDG.E.128"), steady=True),
+    r"decode_kernel<\w+, \w+, ([12], \d|4, [01])>": Budget(256, 2, DECODE, steady=True),
+    r"decode_kernel<\w+, \w+, (8, \d|4, 2)>": Budget(256, 1, DECODE, steady=True),
     r"product_kernel<.*>": Budget(128, 2, TILES, fragments=0.25, steady=True),
-    r"product_float_kernel": Budget(256, 1, ("FFMA",), steady=True),
-    r"(shrink|gradient)_kernel<\w+, 16>": Budget(128, 3, TILES, fragments=0.67, steady=True),
-    r"(shrink|gradient)_kernel<\w+, 64>": Budget(256, 1, TILES, fragments=0.67, steady=True),
+    r"expand_kernel<BFloat16>": Budget(128, 3, ("HMMA.16816.F32", "LDSM", "STG.E.128")),
+    r"expand_kernel<Half>": Budget(128, 2, ("HMMA.16816.F32", "LDSM", "STG.E.128")),
+    r"product_float_kernel": Budget(256, 2, ("FFMA", "STG.E.128"), steady=True),
+    r"(shrink|gradient)_kernel<\w+, (16|32)(, true)?>": Budget(128, 3, TILES, 0.67, steady=True),
+    r"(shrink|gradient)_kernel<\w+, 64(, true)?>": Budget(256, 2, TILES, 0.67, steady=True),
+    r"shrink_kernel<\w+, (16|32), false>": Budget(128, 3, TILES, 1, steady=True),
+    r"shrink_kernel<\w+, 64, false>": Budget(256, 2, TILES, 1, steady=True),
     r"sort_kernel": Budget(256, 8),
     r"add_kernel<\w+>": Budget(256, 8),
     r"topk<\w+, (true|false)>": Budget(512, 2, TOPK),

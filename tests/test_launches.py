@@ -75,15 +75,25 @@ def test_attention_backward(launched: Callable[..., int]) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_lora_decode(launched: Callable[..., int], rows: int) -> None:
     x, weight = (torch.randn(n, 64).bfloat16() for n in (rows, 96))
-    a, b = torch.randn(8, 64), torch.randn(96, 8)
-    assert launched(fk.lora_linear, x, weight, a, b) == 1
+    for rank, dtype, launches in (
+        (16, torch.float32, 1),
+        (
+            17,
+            torch.float32,
+            2,
+        ),  # h comes first: each block reads all of A
+        (32, torch.bfloat16, 1),
+        (33, torch.bfloat16, 2),
+    ):
+        a, b = torch.randn(rank, 64).to(dtype), torch.randn(96, rank).to(dtype)
+        assert launched(fk.lora_linear, x, weight, a, b) == launches
 
 
-@pytest.mark.parametrize("adapters", [1, 30])
-def test_lora_of_several_adapters(launched: Callable[..., int], adapters: int) -> None:
-    """However many: the rows' order, h, and y."""
-    x, weight = (torch.randn(n, 64).bfloat16() for n in (70, 96))
-    a, b = torch.randn(adapters, 8, 64), torch.randn(adapters, 96, 8)
+@pytest.mark.parametrize("adapters,depth", [(1, 64), (30, 64), (30, 600)])
+def test_lora_of_several_adapters(launched: Callable[..., int], adapters: int, depth: int) -> None:
+    """However many, and however h's sums are cut: the rows' order, h, and y."""
+    x, weight = (torch.randn(n, depth).bfloat16() for n in (70, 96))
+    a, b = torch.randn(adapters, 8, depth), torch.randn(adapters, 96, 8)
     ids = torch.arange(70) % (adapters + 1) - 1
     assert launched(fk.lora_linear_multi, x, weight, a, b, ids) == 3
 

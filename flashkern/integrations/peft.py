@@ -13,6 +13,7 @@ layer, the whole layer is one operator; anywhere else (see :func:`obstacle`) PEF
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from flashkern._ops import has_kernel
 from flashkern.lora import lora_linear, lora_linear_multi
 
 logger = logging.getLogger("flashkern")
 
+_DEVICES = [d for d in ("cpu", "cuda") if has_kernel("lora_linear", d)]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -116,8 +119,8 @@ def obstacle(layer: Linear) -> str | None:
     """Why the layer, as it is now, runs PEFT's own forward; None where it runs fused.
 
     Adapters that are disabled or merged, several active ones or none, variants (DoRA and the like),
-    ``lora_bias``, a base weight that is trained, quantised, sharded or not on the CPU, and hooks on
-    a submodule, which fused code would not call.
+    ``lora_bias``, a base weight that is trained, quantised, sharded or on a device for which this
+    build has no kernel, and hooks on a submodule, which fused code would not call.
     """
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -180,8 +183,8 @@ def _weight_obstacle(weight: Tensor) -> str | None:
         return f"is a {type(weight).__name__}"
     if weight.dtype not in _FLOATS:
         return f"has dtype {weight.dtype}"
-    if weight.device.type != "cpu":
-        return f"is on device {weight.device.type}"
+    if weight.device.type not in _DEVICES:
+        return f"is on device {weight.device.type}, for which this build has no kernel"
     if weight.dim() != 2 or weight.numel() == 0:
         return f"has shape {tuple(weight.shape)}"
     return None
@@ -231,7 +234,8 @@ class FusedLinear(Linear):
     def _fused_mixed(self, x: Tensor, names: list[str]) -> Tensor:
         used = [name for name in dict.fromkeys(names) if name in self.lora_A]
         number = {name: n for n, name in enumerate(used)}
-        ids = torch.tensor([number.get(name, -1) for name in names], device=x.device)
+        ids = _on_device(tuple(number.get(name, -1) for name in names), torch.int64, x.device)
+        scaling = tuple(float(self.scaling[name]) for name in used)
         leading = x.shape[:-1]
         ids = ids.view(-1, *[1] * (len(leading) - 1)).expand(leading)
         rank = max(self.r[name] for name in used)
@@ -244,8 +248,21 @@ class FusedLinear(Linear):
             torch.stack(b),
             ids,
             bias=self.base_layer.bias,
-            scaling=torch.tensor([self.scaling[name] for name in used], dtype=torch.float64),
+            scaling=_on_device(scaling, torch.float64, x.device),
         )
+
+
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor, copied once: each layer and step would wait for a copy of its own."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.tensor(values, dtype=dtype, device=device)  # a graph outlives what is cached
+    return _copied(values, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _copied(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a training step may save it
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _drops(layer: Linear, name: str) -> bool:
@@ -268,6 +285,6 @@ def _plain_input(layer: Linear, x: object) -> bool:
         return False
     if nn_module._has_any_global_hook() or not layer.cast_input_dtype_enabled:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return x.dtype in _FLOATS
     return x.dtype is layer.base_layer.weight.dtype

@@ -53,21 +53,30 @@ def test_transformers_writes_the_same_tokens(backend: str) -> None:
 
 
 @pytest.mark.kernels("lora_linear", "lora_linear_backward")
-def test_peft_layers_compute_the_same(backend: str) -> None:
+def test_peft_layers_compute_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft")
     from flashkern.integrations import peft as fkp
 
+    calls, lora_linear = [], fkp.lora_linear
+
+    def spy(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        calls.append(args[0].device.type)
+        return lora_linear(*args, **options)
+
+    monkeypatch.setattr(fkp, "lora_linear", spy)
     ids = torch.tensor(IDS)
     config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(llama(), config).train()
     results = []
     for patched in (False, True):
         if patched:
-            fkp.patch(model)
+            report = fkp.patch(model)
+            assert len(report.patched) == 14 and not report.waiting and not report.left
         model.zero_grad()
         out = model(input_ids=ids, labels=ids)
         out.loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         results.append([out.logits.detach(), *grads])
+    assert calls == [torch.get_default_device().type] * 14
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)

@@ -85,6 +85,55 @@ def test_same_logits_and_gradients(fused: list[str], dtype: torch.dtype, backend
     assert all(type(m) is not fk_peft.FusedLinear for m in model.modules())
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device with kernels that is not the CPU: meta tensors stand for those of a GPU."""
+    monkeypatch.setattr(fk_peft, "_DEVICES", ["meta"], raising=False)
+    return "meta"
+
+
+def test_fused_wherever_the_build_has_kernels(
+    fused: list[str], elsewhere: str, backend: str
+) -> None:
+    on_cpu = fk_peft.patch(adapted())
+    assert "on device cpu" in str(on_cpu) and len(on_cpu.waiting) == 14
+    model = adapted().to(elsewhere)
+    report = fk_peft.patch(model)
+    assert len(report.patched) == 14 and not report.waiting
+    model(input_ids=IDS.to(elsewhere))
+    assert fused == ["lora_linear"] * 14
+
+
+def test_mixed_batch_elsewhere(
+    fused: list[str], elsewhere: str, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """All that the operator reads lies where x does; what the host knows is copied there once."""
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=7, target_modules="all-linear"))
+    model = model.to(elsewhere).eval()
+    fk_peft.patch(model)
+    copies, tensor = [], torch.tensor
+
+    def spy(values, **kwargs):
+        if values and kwargs.get("device") == torch.device(elsewhere):
+            copies.append(values)
+        return tensor(values, **kwargs)
+
+    fk_peft._copied.cache_clear()
+
+    monkeypatch.setattr(torch, "tensor", spy)
+    ids, names = IDS[[0, 1, 0, 1]].to(elsewhere), ["second", "__base__", "default", "second"]
+    for scaling in (2.0, 0.75):
+        for layer in model.modules():
+            if isinstance(layer, Linear):
+                layer.set_scale("second", scaling)
+        with torch.inference_mode():
+            model(input_ids=ids, adapter_names=names)
+    assert fused == ["lora_linear_multi"] * 28
+    assert copies == [(0, -1, 1, 0), (2 * 8 / 7, 2.0), (0.75 * 8 / 7, 2.0)]
+    model(input_ids=ids, adapter_names=names).logits.sum().backward()  # saves what inference made
+
+
 def test_state_dict_save_and_load(tmp_path) -> None:
     model = adapted().eval()
     keys, logits = list(model.state_dict()), model(input_ids=IDS).logits

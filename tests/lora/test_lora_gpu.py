@@ -19,10 +19,15 @@ def problem(rows: int, adapters: int, rank: int, dtype: torch.dtype) -> tuple[Te
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows,rank", [(1, 8), (8, 33), (16, 64), (40, 20), (64, 70)])
-def test_few_rows(backend: str, rows: int, rank: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    "rows,rank", [(1, 8), (8, 33), (16, 16), (17, 32), (32, 17), (33, 20), (40, 70), (64, 64)]
+)
+def test_few_rows(backend: str, rows: int, rank: int, wide: bool, dtype: torch.dtype) -> None:
     """One launch for one adapter; a shrink before it for several, for dropout, for high ranks."""
     x, weight, a, b, ids = problem(rows, 3, rank, dtype)
+    if not wide:
+        a, b = a.to(dtype), b.to(dtype)
     bias = torch.randn(72).to(dtype)
     exact = [t.double() for t in (x, weight, a, b, bias)]
     eps = torch.finfo(dtype).eps
@@ -39,6 +44,18 @@ def test_few_rows(backend: str, rows: int, rank: int, dtype: torch.dtype) -> Non
             **dict(bias=exact[4], scaling=0.7, dropout_p=p, seed=seed),
         )
         assert (one - want).norm() <= eps * want.norm()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_few_rows_keep_h(backend: str, wide: bool, offset: int) -> None:
+    """To float32's error, whoever computes it: an adapter that starts in a chunk is read apart."""
+    x, weight, a, b, _ = problem(24, 1, 12, torch.bfloat16)
+    a, b = (t[0] if wide else t[0].bfloat16() for t in (a, b))
+    a = torch.cat((a.new_full((offset,), torch.nan), a.flatten()))[offset:].view(12, 136)
+    h = ops.lora_linear(x, weight, a, b, None, None, None, 0.7, 0.0, None)[1]
+    want = 0.7 * x.double() @ a.double().T
+    assert (h - want).norm() <= 1e-6 * want.norm()
 
 
 def forward_and_backward(
@@ -79,6 +96,48 @@ def test_an_id_out_of_range_is_no_adapter(backend: str, rows: int) -> None:
     got = forward_and_backward(x, weight, a, b, bad, grad)
     want = forward_and_backward(x, weight, a, b, ids, grad)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows,rank", [(70, 12), (300, 20), (150, 64), (90, 70)])
+def test_a_split_shrink(backend: str, rows: int, rank: int, wide: bool, dtype: torch.dtype) -> None:
+    """A row's h is the same alone and among others' rows, run after run, to float32's error."""
+    adapter = torch.float32 if wide else dtype
+    x, weight = torch.randn(rows, 701).to(dtype), torch.randn(8, 701).to(dtype)
+    a, b = torch.randn(5, rank, 701).to(adapter), torch.randn(5, 8, rank).to(adapter)
+    ids = torch.randint(-1, 4, (rows,))
+    ids[ids == 1] = 3  # adapters 1 and 4 have no rows
+    scalings = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    several = [ops.lora_linear(x, weight, a, b, None, ids, scalings, 1.0, 0.0, None)[1]
+               for _ in range(2)]  # fmt: skip
+    assert torch.equal(*several) and (several[0][ids < 0] == 0).all()
+    for n in (0, 2, 3):
+        scale = float(scalings[n])
+        h = ops.lora_linear(x, weight, a[n], b[n], None, None, None, scale, 0.0, None)[1]
+        want = scale * x.double() @ a[n].double().T
+        assert (h - want).norm() <= 1e-6 * want.norm()
+        if backend in ("emulated", "cuda"):
+            assert torch.equal(several[0][ids == n], h[ids == n])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [12, 31, 64])
+@pytest.mark.parametrize("width", [300, 301])
+def test_gradients_of_16_bit_adapters(
+    backend: str, width: int, rank: int, dtype: torch.dtype
+) -> None:
+    x, grad = torch.randn(90, 72).to(dtype), torch.randn(90, width).to(dtype)
+    weight, a = torch.randn(width, 72).to(dtype), torch.randn(rank, 72).to(dtype)
+    b = torch.randn(width, rank).to(dtype)
+    h = 0.7 * x.float() @ a.float().T
+    dx, da, db = ops.lora_linear_backward(
+        grad, x, weight, a, b, h, None, None, 0.7, 0.0, None, True, True, True
+    )
+    dh = 0.7 * grad.double() @ b.double()
+    wants = dh @ a.double() + grad.double() @ weight.double(), dh.T @ x.double()
+    for got, want in zip((dx, da, db), (*wants, grad.double().T @ h.double()), strict=True):
+        assert (got - want).norm() <= torch.finfo(dtype).eps * want.norm()
 
 
 def among_nan(x: Tensor, offset: int) -> Tensor:

@@ -39,7 +39,7 @@ def test_few_rows_read_the_weight_once(capability: int) -> None:
     assert cut["base"] == "few" and cut["launches"] == 1 and cut["shrink_blocks"] == 0
     assert cut["blocks"] == 4096 // cut["tile_columns"]
     assert plan(64, capability=capability, dropout=True)["shrink_blocks"] > 0
-    assert plan(64, capability=capability, rank=65)["shrink_blocks"] > 0
+    assert plan(64, capability=capability, rank=17)["shrink_blocks"] > 0  # of a float32 adapter
     assert plan(64, capability=capability, depth=4095)["base"] == "tiles"  # rows of odd addresses
     assert plan(64, "blas", capability=capability)["base"] == "blas"
 
@@ -54,8 +54,9 @@ def test_float32_is_blas(capability: int) -> None:
 def test_a_shrink_is_split_where_rows_do_not_fill_the_machine(rows: int) -> None:
     cut = plan(rows)
     assert cut["shrink_blocks"] == -(-rows // 64) * cut["shrink_parts"]
-    assert cut["launches"] == 2 + (cut["shrink_parts"] > 1)
-    assert cut["workspace_bytes"] >= 4 * 16 * rows * cut["shrink_parts"] * (cut["launches"] - 2)
+    assert cut["launches"] == 2  # whichever block comes last adds the parts
+    parts = cut["shrink_parts"] if cut["shrink_parts"] > 1 else 0
+    assert cut["workspace_bytes"] >= 4 * 16 * rows * parts
     assert cut["shrink_parts"] > 1 or rows == 50000
 
 

@@ -56,7 +56,19 @@ struct Factor {
   FK_DEVICE float at(int adapter, int64_t i, int64_t k) const {
     return load<T>(offset(adapter, i, k));
   }
+  // Two neighbours, where they lie together.
+  template <class T>
+  FK_DEVICE float2 load_pair(int64_t offset) const {
+    if (wide) return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + offset);
+    return ptx::unpack<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(data) + offset));
+  }
 };
+
+// Whether all pairs (k, k + 1) of a factor with even k lie together, k running to an even `depth`.
+inline bool pairs_lie_together(const Factor& f, int64_t depth, int64_t element_bytes) {
+  return f.k_step == 1 && depth % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(f.data) % (2 * element_bytes) == 0;
+}
 
 struct Keep {
   const uint64_t* seed = nullptr;

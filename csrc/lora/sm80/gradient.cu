@@ -49,27 +49,19 @@ FK_DEVICE void store(const Params& p, int64_t first, int rank_begin, float* out,
 }
 
 template <class T, int kRanks>
-__global__ void __launch_bounds__(NarrowSum<T, kRanks, true>::kThreads, kResident<T, kRanks>)
+__global__ void __launch_bounds__(NarrowSum<T, kRanks, true, true>::kThreads, kResident<kRanks>)
     gradient_kernel(const Params p) {
-  using Sum = NarrowSum<T, kRanks, true>;
+  using Sum = NarrowSum<T, kRanks, true, true>;
   auto& shared = ptx::shared_storage<typename Sum::Storage>();
   const GradientParams& call = p.call;
   const int adapter = blockIdx.y / p.parts, part = blockIdx.y % p.parts;
   const int64_t first = int64_t{blockIdx.x} * kNarrowTile;
   const Factor right{call.right, true, 1, call.rank, 0};
-  NarrowTask task{call.left,
-                  call.left_row,
-                  p.aligned,
-                  call.order,
-                  call.keep,
-                  0,
-                  0,
-                  first,
-                  call.width,
-                  right,
-                  static_cast<int>(blockIdx.z) * kRanks,
-                  call.rank,
-                  adapter};
+  NarrowTask task{call.left,  call.left_row, p.aligned,
+                  call.order, call.keep,     0,
+                  0,          first,         call.width,
+                  right,      false,         static_cast<int>(blockIdx.z) * kRanks,
+                  call.rank,  adapter};
   cut_rows(p, adapter, part, task.row, task.row_end);
   float sums[Sum::kStrips][4] = {};
   Sum(shared, task).run(sums);
@@ -93,15 +85,11 @@ void gradient(const GradientParams& call, void* workspace, cudaStream_t stream) 
       constexpr int kRanks = decltype(ranks)::value;
       const dim3 grid(divide_up(call.width, kNarrowTile), call.adapters * parts,
                       divide_up(call.rank, kRanks));
-      using Sum = NarrowSum<T, kRanks, true>;
+      using Sum = NarrowSum<T, kRanks, true, true>;
       const ptx::LaunchShape shape{grid, Sum::kThreads, sizeof(typename Sum::Storage)};
       ptx::launch(gradient_kernel<T, kRanks>, shape, stream, p);
     };
-    if (narrow_ranks(call.rank) == 16) {
-      run(std::integral_constant<int, 16>());
-    } else {
-      run(std::integral_constant<int, 64>());
-    }
+    for_ranks(call.rank, run);
   });
   if (!direct) {
     const int64_t size = call.adapters * call.width * call.rank;

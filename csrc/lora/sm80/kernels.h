@@ -24,6 +24,19 @@ void for_dtype(DType dtype, Fn&& fn) {
   }
 }
 
+// Calls fn with the columns of the rank that a block of a narrow kernel takes.
+template <class Fn>
+void for_ranks(int64_t rank, Fn&& fn) {
+  switch (narrow_ranks(rank)) {
+    case 16:
+      return fn(std::integral_constant<int, 16>());
+    case 32:
+      return fn(std::integral_constant<int, 32>());
+    default:
+      return fn(std::integral_constant<int, 64>());
+  }
+}
+
 inline bool aligned(const void* p, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_bytes % 16 == 0;
 }
@@ -32,7 +45,8 @@ inline bool aligned(const void* p, int64_t row_bytes) {
 void sort_rows(const int64_t* ids, int64_t rows, int64_t count, int* order, int* starts,
                cudaStream_t stream);
 
-// shrink.cu: out = scale * keep(left) right^T, (rows, rank) float32; zeros without an adapter.
+// shrink.cu: out = scale * keep(left) right^T, (rows, rank) float32; zeros without an adapter. One
+// launch.
 struct ShrinkParams {
   int64_t rows, depth;
   DType dtype;

@@ -4,20 +4,22 @@
 //   shrink      out[i, j] = sum over columns k of   left[i, k] right[j, k]     left: x, dy
 //   gradient    out[i, j] = sum over rows k of      left[k, i] right[j, k]     left: x, dy
 //
-// Tile and warps: 64 of i by kRanks of j; four warps of 16 x 16 (kRanks 16) or eight of 16 x 32
-// (64); a step is 128 bytes deep (64 16-bit elements, 32 floats).
+// Tile and warps: 64 of i by kRanks of j; four warps of 16 x 16 or 16 x 32 (kRanks 16, 32) or eight
+// of 16 x 32 (64); a step is 128 bytes deep (64 16-bit elements, 32 floats).
 //
 //   left tile            shrink: 64 rows x 128 bytes          gradient: 64 (32) rows x 64 columns
-//   right planes         3 x kRanks x depth bfloat16          made from registers, one step ahead
+//   right planes         3 x kRanks x depth bfloat16, or 1 of 16-bit numbers as they are: made from
+//                        registers, one step ahead, two neighbours along the depth at a time
 //
-// Shared memory: 3 stages x 8 KiB + 3 planes x 2 KiB (kRanks 16) or 8 KiB (64): 30 or 48 KiB.
+// Shared memory: 3 stages x 8 KiB + 3 planes x 2 KiB (kRanks 16), 4 (32) or 8 (64): 30 to 48 KiB.
 // Pipeline: copy step s + 2 | cut right, drop left of step s | load right of s + 1, multiply s.
 //
-// Numerics: operands are cut into bfloat16 pieces (1 for bfloat16, 2 for float16, 3 for float32),
-// exactly, and all products of pieces that reach 2^-24 of the result are summed: float32's own
-// error. Tensor cores add with truncation, so a step's sum starts at zero and joins the whole by a
-// rounded addition. Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype
-// for Higher-Precision Computations (arXiv 1904.06376).
+// Numerics: a float32 thin operand and what it meets are cut into bfloat16 pieces (1 for bfloat16,
+// 2 for float16, 3 for float32), exactly, and all products of pieces that reach 2^-24 of the result
+// are summed: float32's own error. Two 16-bit operands are multiplied uncut. Tensor cores add with
+// truncation, so a step's sum starts at zero and joins the whole by a rounded addition. Henry,
+// Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype for Higher-Precision
+// Computations (arXiv 1904.06376).
 #pragma once
 
 #include "lora/sm80/common.h"
@@ -26,7 +28,6 @@
 namespace flashkern::sm80 {
 
 inline constexpr int kNarrowStages = 3;
-inline constexpr int kRightPieces = 3;
 
 template <class T>
 inline constexpr int kLeftPieces = 3;
@@ -36,8 +37,8 @@ template <>
 inline constexpr int kLeftPieces<Half> = 2;
 
 // Blocks on a multiprocessor that the registers must allow: what hides the memory's latency.
-template <class T, int kRanks>
-inline constexpr int kResident = kRanks <= 16 ? 3 : 1;
+template <int kRanks>
+inline constexpr int kResident = kRanks <= 32 ? 3 : 2;
 
 // Rows [row, row_end) by columns [column, column_end) of the wide operand; rows are positions.
 struct NarrowTask {
@@ -48,29 +49,35 @@ struct NarrowTask {
   Keep keep;
   int64_t row, row_end, column, column_end;
   Factor right;
+  bool paired;           // two neighbours along the depth may be loaded as one
   int rank_begin, rank;  // this block's columns of the thin operand start at rank_begin
   int adapter;
 };
 
-template <class T, int kRanks, bool kGradient>
+// kWide: the thin operand is float32; else it is T, like the other.
+template <class T, int kRanks, bool kGradient, bool kWide>
 struct NarrowSum {
   static constexpr int kDepth = 128 / sizeof(T);
   static constexpr int kRows = kGradient ? kDepth : kNarrowTile;
   static constexpr int kColumns = kGradient ? kNarrowTile : kDepth;
-  static constexpr int kThreads = kRanks > 16 ? 256 : 128;
-  static constexpr int kStrips = kRanks * 16 / kThreads;  // of 8 columns, a warp's
-  static constexpr int kAhead = kRanks * kDepth / kThreads;
-  static constexpr int kPieces = kLeftPieces<T>;
+  static constexpr int kThreads = kRanks > 32 ? 256 : 128;
+  static constexpr int kStrips = kRanks * 16 / kThreads;         // of 8 columns, a warp's
+  static constexpr int kAhead = kRanks * kDepth / 2 / kThreads;  // pairs
+  static constexpr int kPieces = kWide ? kLeftPieces<T> : 1, kRightPieces = kWide ? 3 : 1;
   static constexpr int kUnroll = kRanks > 16 ? 1 : kDepth / 16;  // more would spill
+
+  using Factored = std::conditional_t<kWide, BFloat16, T>;  // what the tensor cores multiply
+  using Right = std::conditional_t<kWide, float, T>;
+  using Pair = std::conditional_t<kWide, float2, uint32_t>;
 
   struct Storage {
     alignas(1024) T left[kNarrowStages][kNarrowTile * kDepth];
-    alignas(1024) BFloat16 right[kRightPieces][kRanks * kDepth];
+    alignas(1024) Factored right[kRightPieces][kRanks * kDepth];
   };
 
   Storage& shared;
   const NarrowTask& task;
-  float ahead[kAhead];
+  Pair ahead[kAhead];
 
   FK_DEVICE NarrowSum(Storage& s, const NarrowTask& t) : shared(s), task(t) {}
 
@@ -167,12 +174,24 @@ struct NarrowSum {
 
   // ---- the thin operand ----
 
-  // This thread's i-th element of a right tile: consecutive threads read consecutive numbers.
+  // This thread's i-th pair of a right tile: consecutive threads read consecutive numbers.
   FK_DEVICE void place(int i, int& j, int& k) const {
     const int index = i * kThreads + threadIdx.x;
     const bool along = task.right.k_step == 1;
-    j = along ? index / kDepth : index % kRanks;
-    k = along ? index % kDepth : index / kRanks;
+    j = along ? index / (kDepth / 2) : index % kRanks;
+    k = 2 * (along ? index % (kDepth / 2) : index / kRanks);
+  }
+
+  // The second of a pair may lie beyond the end.
+  FK_DEVICE Pair load_pair(int64_t first, int64_t second, bool both) const {
+    const auto* data = static_cast<const Right*>(task.right.data);
+    if (task.paired) return *reinterpret_cast<const Pair*>(data + first);
+    const Right other = both ? data[second] : Right{};
+    if constexpr (kWide) {
+      return {data[first], other};
+    } else {
+      return data[first].bits | static_cast<uint32_t>(other.bits) << 16;
+    }
   }
 
   FK_DEVICE void load_ahead(int step) {
@@ -182,20 +201,24 @@ struct NarrowSum {
     int j, k;
     place(0, j, k);
     const bool along = right.k_step == 1;
-    const int j_ahead = along ? kThreads / kDepth : 0;  // from one element to the next
-    const int k_ahead = along ? 0 : kThreads / kRanks;
+    const int j_ahead = along ? 2 * kThreads / kDepth : 0;  // from one pair to the next
+    const int k_ahead = along ? 0 : 2 * kThreads / kRanks;
     int64_t offset = right.offset(task.adapter, task.rank_begin + j, begin + k);
     const int64_t offset_ahead = j_ahead * right.i_step + k_ahead * right.k_step;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int rank = task.rank_begin + j + i * j_ahead;
       const int64_t at = begin + k + i * k_ahead;
-      ahead[i] = 0.0f;
+      ahead[i] = {};
       if (rank < task.rank && at < end) {
+        const bool both = at + 1 < end;
         if (kGradient && task.order.order != nullptr) {
-          offset = right.offset(task.adapter, rank, task.order.row(at));
+          const int64_t second = both ? task.order.row(at + 1) : 0;
+          ahead[i] = load_pair(right.offset(task.adapter, rank, task.order.row(at)),
+                               right.offset(task.adapter, rank, second), both);
+        } else {
+          ahead[i] = load_pair(offset, offset + right.k_step, both);
         }
-        ahead[i] = right.template load<T>(offset);
       }
       offset += offset_ahead;
     }
@@ -207,11 +230,15 @@ struct NarrowSum {
       int j, k;
       place(i, j, k);
       uint32_t pieces[kRightPieces];
-      cut_pair({ahead[i], 0.0f}, pieces);
-      const int offset = tile_offset<BFloat16, kDepth>(j, k / 8) + k % 8;
+      if constexpr (kWide) {
+        cut_pair(ahead[i], pieces);
+      } else {
+        pieces[0] = ahead[i];
+      }
+      const int offset = tile_offset<Factored, kDepth>(j, k / 8) + k % 8;
 #pragma unroll
       for (int p = 0; p < kRightPieces; ++p) {
-        shared.right[p][offset] = {static_cast<uint16_t>(pieces[p])};
+        *reinterpret_cast<uint32_t*>(shared.right[p] + offset) = pieces[p];
       }
     }
   }
@@ -223,7 +250,7 @@ struct NarrowSum {
       const int row = first_rank() + 8 * j + lane / 16 * 8 + lane % 8;
       const int chunk = k / 8 + lane / 8 % 2;
       uint32_t four[4];
-      ptx::ldmatrix(four, shared.right[piece] + tile_offset<BFloat16, kDepth>(row, chunk));
+      ptx::ldmatrix(four, shared.right[piece] + tile_offset<Factored, kDepth>(row, chunk));
       right[j][0] = four[0], right[j][1] = four[1];
       right[j + 1][0] = four[2], right[j + 1][1] = four[3];
     }
@@ -243,7 +270,7 @@ struct NarrowSum {
         load_right(r, k, right);
 #pragma unroll
         for (int l = 0; l < kPieces && l + r < kRightPieces; ++l) {
-          ptx::mma_strip<BFloat16>(part, left[l], right);
+          ptx::mma_strip<Factored>(part, left[l], right);
         }
       }
     }

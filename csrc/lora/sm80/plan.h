@@ -14,11 +14,11 @@ inline constexpr int64_t kNarrowBlocks = 264;  // two for each multiprocessor of
 inline constexpr int64_t kMaxParts = 16;
 
 // Columns of the rank that a block of the narrow kernels takes.
-constexpr int narrow_ranks(int64_t rank) { return rank <= 16 ? 16 : 64; }
+constexpr int narrow_ranks(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A sum over `depth` in parts of `step` each, which are added in order afterwards.
+// A sum over `depth` in parts of `step` each, which are added in order afterwards. A step is even.
 struct Parts {
   int64_t count, step;
 };
@@ -50,9 +50,22 @@ inline int64_t order_bytes(int64_t rows, const LoraAdapters& ad) {
   return ad.ids == nullptr ? 0 : padded_bytes(4 * rows) + padded_bytes(4 * (ad.count + 1));
 }
 
-inline int64_t shrink_bytes(int64_t rows, int64_t depth, int64_t rank) {
+// Pieces of the rows, of one tile and one adapter each: cut wherever a tile begins or, where there
+// are several adapters, the rows of one of them.
+inline int64_t shrink_segments(int64_t rows, int64_t several) {
+  return divide_up(rows, kNarrowTile) + several;
+}
+
+// Blocks for each part of the depth. They take a ticket where there are several parts.
+inline int64_t shrink_blocks(int64_t rows, const LoraAdapters& ad) {
+  const int64_t ranks = divide_up(ad.rank, narrow_ranks(ad.rank));
+  return shrink_segments(rows, ad.ids == nullptr ? 0 : ad.count) * ranks;
+}
+
+inline int64_t shrink_bytes(int64_t rows, int64_t depth, const LoraAdapters& ad) {
   const int64_t parts = shrink_parts(rows, depth).count;
-  return parts > 1 ? padded_bytes(4 * parts * rows * rank) : 0;
+  if (parts == 1) return 0;
+  return padded_bytes(4 * parts * rows * ad.rank) + padded_bytes(4 * shrink_blocks(rows, ad));
 }
 
 inline int64_t gradient_bytes(int64_t rows, int64_t width, const LoraAdapters& ad) {
@@ -62,22 +75,21 @@ inline int64_t gradient_bytes(int64_t rows, int64_t width, const LoraAdapters& a
 }
 
 inline int64_t forward_workspace(const LoraForward& p) {
-  return order_bytes(p.rows, p.adapters) + shrink_bytes(p.rows, p.in, p.adapters.rank);
+  return order_bytes(p.rows, p.adapters) + shrink_bytes(p.rows, p.in, p.adapters);
 }
 
 inline int64_t backward_workspace(const LoraBackward& p) {
   const LoraAdapters& ad = p.adapters;
   const int64_t dh = padded_bytes(4 * p.rows * ad.rank);
-  const int64_t parts =
-      std::max({shrink_bytes(p.rows, p.out, ad.rank), gradient_bytes(p.rows, p.in, ad),
-                gradient_bytes(p.rows, p.out, ad)});
+  const int64_t parts = std::max({shrink_bytes(p.rows, p.out, ad), gradient_bytes(p.rows, p.in, ad),
+                                  gradient_bytes(p.rows, p.out, ad)});
   return order_bytes(p.rows, ad) + dh + parts;
 }
 
 // ---- the base product ----
 
 inline constexpr int kProductTile = 128, kFloatTile = 64;  // rows and columns of a block of y
-inline constexpr int kDecodeRows = 64, kDecodeRank = 64, kDecodeColumns = 32;
+inline constexpr int kDecodeRows = 64, kDecodeColumns = 32;
 
 // Who computes the base product, rows x depth, on a GPU. 16-bit dtypes run on tensor cores here,
 // with the adapter in the same sum: kFew (decode.cu) up to 64 rows, kTiles (product.cu) above. A
@@ -91,7 +103,8 @@ inline constexpr int kDecodeRows = 64, kDecodeRank = 64, kDecodeColumns = 32;
 //   - its epilogue reads y beneath the next tiles' products, so the first write alone is exposed:
 //     2 bytes / 3.35 TB/s = 0.6 ps for an element, and 0.6 ps more where L2 cannot hide the read;
 //   - y's first rounding is one of the adapter's part, smaller than y, not one of y itself.
-// 1.2 ps / 1.35 fs = 890: BLAS from a depth of 1024 on.
+// 1.2 ps / 1.35 fs = 890: BLAS from a depth of 1024 on. This compares the products alone: the
+// shrink reads x before either, and BLAS is one launch more.
 inline constexpr int64_t kBlasDepth = 1024;
 
 inline LoraBase lora_base(int64_t rows, int64_t depth, DType dtype, bool forward, LoraChoice choice,
@@ -104,16 +117,20 @@ inline LoraBase lora_base(int64_t rows, int64_t depth, DType dtype, bool forward
   return wide && !own && depth >= kBlasDepth ? LoraBase::kBlas : LoraBase::kTiles;
 }
 
+inline bool starts_a_chunk(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
 // What decode.cu takes beyond its rows; other calls run as tiles.
 inline bool decode_fits(const LoraForward& p) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return p.base == LoraBase::kFew && p.rows <= kDecodeRows && p.dtype != DType::kFloat32 &&
-         p.in % 8 == 0 && p.x_row % 8 == 0 && aligned(p.x) && aligned(p.weight);
+         p.in % 8 == 0 && p.x_row % 8 == 0 && starts_a_chunk(p.x) && starts_a_chunk(p.weight);
 }
 
-// And where it computes h too; else the shrink has gone before.
+// And where it computes h too; else the shrink has gone before. Every block reads all of A, from
+// L2: up to here no more bytes than its own rows of W, which lie in memory.
 inline bool decode_shrinks(const LoraForward& p) {
-  return p.adapters.ids == nullptr && p.adapters.rank <= kDecodeRank && p.dropout.threshold == 0;
+  const LoraAdapters& ad = p.adapters;
+  const int64_t most = ad.dtype == p.dtype ? kDecodeColumns : kDecodeColumns / 2;
+  return ad.ids == nullptr && ad.rank <= most && p.dropout.threshold == 0 && starts_a_chunk(ad.a);
 }
 
 // ---- the forward pass as a whole ----
@@ -122,7 +139,7 @@ struct ForwardPlan {
   LoraBase base;                            // who computes the base product in the end
   int64_t tile_rows, tile_columns, blocks;  // of the kernel that writes y
   int64_t shrink_blocks, shrink_parts;      // 0: that kernel computes h itself
-  int launches;
+  int launches;                             // our own: BLAS's, where it is the base, come on top
 };
 
 inline ForwardPlan plan_forward(const LoraForward& p) {
@@ -137,10 +154,9 @@ inline ForwardPlan plan_forward(const LoraForward& p) {
   }
   plan.blocks = divide_up(p.rows, plan.tile_rows) * divide_up(p.out, plan.tile_columns);
   if (!shrinks && p.adapters.rank > 0) {
-    const int64_t ranks = divide_up(p.adapters.rank, narrow_ranks(p.adapters.rank));
     plan.shrink_parts = shrink_parts(p.rows, p.in).count;
-    plan.shrink_blocks = divide_up(p.rows, kNarrowTile) * plan.shrink_parts * ranks;
-    plan.launches += 1 + (plan.shrink_parts > 1);
+    plan.shrink_blocks = plan.shrink_parts * shrink_blocks(p.rows, p.adapters);
+    ++plan.launches;
   }
   if (p.adapters.ids != nullptr) ++plan.launches;
   return plan;

@@ -9,18 +9,20 @@
 //           | w2    | w3    |               grid    bands of 8 row tiles, down and then across:
 //           +-------+-------+                       a wave shares its x and W in L2
 //
-// Shared memory: 4 stages x 16 KiB = 64 KiB, two blocks on a multiprocessor; the last stage holds
-// the adapter's tiles first, and the first 34 KiB hold the finished tile at the end.
-// Pipeline: copy steps 0 .. 2 | sum of the adapter, from the last stage | for each step: wait, one
-// barrier, copy step s + 3, multiply s.
+// Shared memory: 3 stages x 16 KiB = 48 KiB, so that two blocks find room on any multiprocessor;
+// the last stage holds the adapter's tiles first, and the first 34 KiB hold the finished tile at
+// the end. Pipeline: copy steps 0, 1 | sum of the adapter, from the last stage | for each step:
+// wait, one barrier, copy step s + 2, multiply s.
 //
 // The adapter comes first: its sum may be masked by dropout (dx) before the base product joins it.
 // h and B are rounded to bfloat16 for bfloat16 results. float16 results take them as two bfloat16
 // pieces each (three products), so that no h is too large or too small. Several adapters: rows are
 // sorted, and each adapter that a tile meets adds its product with other rows' h as zeros.
 //
-// Numerics: float32 sums, the bias added to them, one rounding. Without a depth the sum is the
-// adapter's alone: BLAS adds the base product to it.
+// Numerics: float32 sums, the bias added to them, one rounding.
+//
+// expand_kernel is the same without a base product, which BLAS then adds: 34 KiB, registers for
+// three blocks (two for float16, whose pieces need more).
 //
 // Hu et al.: LoRA (arXiv 2106.09685); Zhu et al.: LoRAFusion (arXiv 2510.00206) for the order.
 #include "lora/sm80/product_tile.h"
@@ -28,6 +30,8 @@
 
 namespace flashkern::sm80 {
 namespace {
+
+using namespace tiles;
 
 // ---- products ----
 
@@ -73,55 +77,71 @@ FK_DEVICE void put_pair(BFloat16* tile, int row, int k, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(tile + tile_offset<BFloat16, kDepth>(row, k / 8) + k % 8) = pair;
 }
 
-FK_DEVICE void fill_left(BFloat16* tile, const ProductParams& call, const Place& at, int adapter,
-                         int rank, bool remainder) {
-  constexpr int kPairs = kDepth / 2;
+// Pairs of ranks that a tile's products read, from `rank` on: 16 or, for up to 16 ranks, 8.
+FK_DEVICE int pairs_from(const ProductParams& call, int rank) {
+  return call.rank - rank > 16 ? kDepth / 2 : kDepth / 4;
+}
+
+FK_DEVICE void fill_left(BFloat16* tile, const Params& p, const Place& at, int adapter, int rank,
+                         bool remainder) {
+  const ProductParams& call = p.call;
+  const int pairs = pairs_from(call, rank), shift = pairs == 16 ? 4 : 3;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kTile * kPairs; i += kThreads) {
-    const int row = i / kPairs, k = i % kPairs * 2;
+  for (int i = threadIdx.x; i < kTile * pairs; i += kThreads) {
+    const int row = i >> shift, k = 2 * (i & (pairs - 1));
     const int64_t position = at.row + row;
     float2 v = {0.0f, 0.0f};
     if (position < call.rows && call.order.adapter(position) == adapter) {
-      const float* low = call.low + call.order.row(position) * call.rank;
-      if (rank + k < call.rank) v.x = low[rank + k];
-      if (rank + k + 1 < call.rank) v.y = low[rank + k + 1];
+      const float* low = call.low + call.order.row(position) * call.rank + rank + k;
+      if (p.low_paired && rank + k < call.rank) {
+        v = *reinterpret_cast<const float2*>(low);
+      } else {
+        if (rank + k < call.rank) v.x = low[0];
+        if (rank + k + 1 < call.rank) v.y = low[1];
+      }
     }
     put_pair(tile, row, k, round_pair(v, remainder));
   }
 }
 
 template <class T>
-FK_DEVICE void fill_right(BFloat16* tile, const ProductParams& call, const Place& at, int adapter,
-                          int rank, bool remainder) {
-  constexpr int kPairs = kDepth / 2;
+FK_DEVICE void fill_right(BFloat16* tile, const Params& p, const Place& at, int adapter, int rank,
+                          bool remainder) {
+  const ProductParams& call = p.call;
   const bool along = call.factor.k_step == 1;
+  const int pairs = pairs_from(call, rank), shift = pairs == 16 ? 4 : 3;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kTile * kPairs; i += kThreads) {
-    const int row = along ? i / kPairs : i % kTile;
-    const int k = (along ? i % kPairs : i / kTile) * 2;
+  for (int i = threadIdx.x; i < kTile * pairs; i += kThreads) {
+    const int row = along ? i >> shift : i % kTile;
+    const int k = 2 * (along ? i & (pairs - 1) : i / kTile);
     const int64_t column = at.column + row;
     float2 v = {0.0f, 0.0f};
-    if (column < call.columns) {
-      if (rank + k < call.rank) v.x = call.factor.at<T>(adapter, column, rank + k);
-      if (rank + k + 1 < call.rank) v.y = call.factor.at<T>(adapter, column, rank + k + 1);
+    if (column < call.columns && rank + k < call.rank) {
+      const int64_t offset = call.factor.offset(adapter, column, rank + k);
+      if (p.factor_paired) {
+        v = call.factor.load_pair<T>(offset);
+      } else {
+        v.x = call.factor.load<T>(offset);
+        if (rank + k + 1 < call.rank) v.y = call.factor.load<T>(offset + call.factor.k_step);
+      }
     }
     put_pair(tile, row, k, round_pair(v, remainder));
   }
 }
 
 template <class T>
-FK_DEVICE void add_adapter(typename Storage<T>::Stage& stage, const ProductParams& call,
-                           const Place& at, int adapter, Sums& sums) {
+FK_DEVICE void add_adapter(Stage<T>& stage, const Params& p, const Place& at, int adapter,
+                           Sums& sums) {
   constexpr bool kHalf = std::is_same_v<T, Half>;
   auto* left = reinterpret_cast<BFloat16*>(stage.left);
   auto* right = reinterpret_cast<BFloat16*>(stage.right);
-  for (int rank = 0; rank < call.rank; rank += kDepth) {
+  for (int rank = 0; rank < p.call.rank; rank += kDepth) {
     for (int pass = 0; pass < (kHalf ? 3 : 1); ++pass) {  // remainders against leading pieces
       __syncthreads();
-      fill_left(left, call, at, adapter, rank, pass == 2);
-      fill_right<T>(right, call, at, adapter, rank, pass == 1);
+      fill_left(left, p, at, adapter, rank, pass == 2);
+      fill_right<T>(right, p, at, adapter, rank, pass == 1);
       __syncthreads();
-      for (int k = 0; k < kDepth && rank + k < call.rank; k += 16) {
+      for (int k = 0; k < kDepth && rank + k < p.call.rank; k += 16) {
         multiply<BFloat16, true>(left, right, k, at, sums);
       }
     }
@@ -163,12 +183,12 @@ FK_DEVICE void drop(const ProductParams& call, const Place& at, Sums& sums) {
 }
 
 template <class T>
-FK_DEVICE void add_adapters(typename Storage<T>::Stage& stage, const ProductParams& call,
-                            const Place& at, Sums& sums) {
-  const int64_t last = min(at.row + kTile, call.rows) - 1;
-  const int from = max(call.order.adapter(at.row), 0), to = call.order.adapter(last);
+FK_DEVICE void add_adapters(Stage<T>& stage, const Params& p, const Place& at, Sums& sums) {
+  const RowOrder& order = p.call.order;
+  const int64_t last = min(at.row + kTile, p.call.rows) - 1;
+  const int from = max(order.adapter(at.row), 0), to = order.adapter(last);
   for (int adapter = from; adapter <= to; ++adapter) {
-    if (!call.order.empty(adapter)) add_adapter<T>(stage, call, at, adapter, sums);
+    if (!order.empty(adapter)) add_adapter<T>(stage, p, at, adapter, sums);
   }
 }
 
@@ -180,21 +200,20 @@ FK_DEVICE void finish(T* tile, const Params& p, const Place& at, const Sums& sum
   const ProductParams& call = p.call;
   const auto* bias = static_cast<const T*>(call.bias);
 #pragma unroll
-  for (int i = 0; i < kSlabs; ++i) {
+  for (int j = 0; j < kStrips; ++j) {
+    const int within = at.warp_column + 8 * j + at.lane % 4 * 2;
+    const int64_t column = at.column + within;
+    float added[2] = {};
+    for (int c = 0; c < 2 && bias != nullptr && column + c < call.columns; ++c) {
+      added[c] = ptx::to_float(bias[column + c]);
+    }
 #pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      const int row = at.warp_row + 16 * i + at.lane / 4 + 4 * e;
+    for (int i = 0; i < kSlabs; ++i) {
 #pragma unroll
-      for (int j = 0; j < kStrips; ++j) {
-        const int within = at.warp_column + 8 * j + at.lane % 4 * 2;
-        float v[2] = {sums[i][j][e], sums[i][j][e + 1]};
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int64_t column = at.column + within + c;
-          if (column >= call.columns) continue;
-          if (bias != nullptr) v[c] += ptx::to_float(bias[column]);
-        }
-        *reinterpret_cast<uint32_t*>(tile + row * kPitch + within) = ptx::pack<T>(v[0], v[1]);
+      for (int e = 0; e < 4; e += 2) {
+        const int row = at.warp_row + 16 * i + at.lane / 4 + 4 * e;
+        *reinterpret_cast<uint32_t*>(tile + row * kPitch + within) =
+            ptx::pack<T>(sums[i][j][e] + added[0], sums[i][j][e + 1] + added[1]);
       }
     }
   }
@@ -220,7 +239,7 @@ FK_DEVICE void write(const T* tile, const Params& p, const Place& at) {
 
 template <class T, bool kAlong>
 __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params p) {
-  auto& shared = ptx::shared_storage<Storage<T>>();
+  auto& shared = ptx::shared_storage<Storage<T, true>>();
   const ProductParams& call = p.call;
   const Place at(call);
   const int steps = static_cast<int>((call.depth + kDepth - 1) / kDepth);
@@ -245,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params p) {
   for (int s = 0; s < kStages - 1; ++s) copy(s);
   Sums sums = {};
   if (call.low != nullptr) {
-    add_adapters<T>(shared.stage[kStages - 1], call, at, sums);
+    add_adapters<T>(shared.stage[kStages - 1], p, at, sums);
     if constexpr (!kAlong) {  // dx's alone: y has h, where dropout has been
       if (!call.keep.all) drop(call, at, sums);
     }
@@ -262,21 +281,43 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params p) {
   }
   ptx::copy_wait_all();
   __syncthreads();
-  T* tile = reinterpret_cast<T*>(&shared);
-  finish(tile, p, at, sums);
+  finish(shared.finished, p, at, sums);
   __syncthreads();
-  write(tile, p, at);
+  write(shared.finished, p, at);
+}
+
+// y = h B^T + bias and dx = keep(dh A), to which BLAS adds the base product.
+template <class T>
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, Half> ? 2 : 3)
+    expand_kernel(const Params p) {
+  auto& shared = ptx::shared_storage<Storage<T, false>>();
+  const Place at(p.call);
+  Sums sums = {};
+  if (p.call.low != nullptr) {
+    add_adapters<T>(shared.stage[0], p, at, sums);
+    if (!p.call.keep.all) drop(p.call, at, sums);
+  }
+  __syncthreads();
+  finish(shared.finished, p, at, sums);
+  __syncthreads();
+  write(shared.finished, p, at);
 }
 
 template <class T>
 void run(const ProductParams& call, cudaStream_t stream) {
   const int64_t weight_row = call.transposed ? call.depth : call.columns;
-  const Params p{call, aligned(call.left, call.left_row * 2), aligned(call.weight, weight_row * 2),
-                 aligned(call.out, call.columns * 2)};
+  const Params p{call,
+                 aligned(call.left, call.left_row * 2),
+                 aligned(call.weight, weight_row * 2),
+                 aligned(call.out, call.columns * 2),
+                 call.rank % 2 == 0,
+                 pairs_lie_together(call.factor, call.rank, call.factor.wide ? 4 : 2)};
   const auto blocks =
       static_cast<unsigned>(divide_up(call.rows, kTile) * divide_up(call.columns, kTile));
-  const ptx::LaunchShape shape{blocks, kThreads, sizeof(Storage<T>)};
-  if (call.transposed) {
+  const ptx::LaunchShape shape{blocks, kThreads, sizeof(Storage<T, true>)};
+  if (call.depth == 0) {
+    ptx::launch(expand_kernel<T>, {blocks, kThreads, sizeof(Storage<T, false>)}, stream, p);
+  } else if (call.transposed) {
     ptx::launch(product_kernel<T, true>, shape, stream, p);
   } else {
     ptx::launch(product_kernel<T, false>, shape, stream, p);

@@ -61,7 +61,7 @@ FK_DEVICE void add_term(Storage& shared, const Term& term, Left&& left_at, Right
     __syncthreads();
     if (first + kDepth < term.depth) load(first + kDepth);
     float part[4][4] = {};
-#pragma unroll
+#pragma unroll 8
     for (int k = 0; k < kDepth; ++k) {
       const float4 a = *reinterpret_cast<const float4*>(&shared.left[k][row]);
       const float4 b = *reinterpret_cast<const float4*>(&shared.right[k][column]);
@@ -114,24 +114,33 @@ FK_DEVICE void drop(const ProductParams& call, int64_t row, int64_t column, floa
   }
 }
 
-FK_DEVICE void write(const ProductParams& call, int64_t row, int64_t column,
+// Rows of whole chunks: `aligned`. A thread's four columns are all there then.
+FK_DEVICE void write(const ProductParams& call, bool aligned, int64_t row, int64_t column,
                      const float (&sums)[4][4]) {
   const auto* bias = static_cast<const float*>(call.bias);
+  float added[4] = {};
+  for (int j = 0; bias != nullptr && j < 4 && column + j < call.columns; ++j) {
+    added[j] = bias[column + j];
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (row + i >= call.rows) return;
-    float* out = static_cast<float*>(call.out) + call.order.row(row + i) * call.columns;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (column + j >= call.columns) break;
-      float v = sums[i][j];
-      if (bias != nullptr) v += bias[column + j];
-      out[column + j] = v;
+    if (row + i >= call.rows || column >= call.columns) return;
+    float* out = static_cast<float*>(call.out) + call.order.row(row + i) * call.columns + column;
+    const float4 v = {sums[i][0] + added[0], sums[i][1] + added[1], sums[i][2] + added[2],
+                      sums[i][3] + added[3]};
+    if (aligned) {
+      __stcg(reinterpret_cast<float4*>(out), v);
+      continue;
     }
+    out[0] = v.x;
+    if (column + 1 < call.columns) out[1] = v.y;
+    if (column + 2 < call.columns) out[2] = v.z;
+    if (column + 3 < call.columns) out[3] = v.w;
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) product_float_kernel(const ProductParams call) {
+__global__ void __launch_bounds__(kThreads, 2)
+    product_float_kernel(const ProductParams call, bool out_aligned) {
   auto& shared = ptx::shared_storage<Storage>();
   const int64_t across = (call.columns + kTile - 1) / kTile;
   const int64_t first_row = blockIdx.x / across * kTile;
@@ -159,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_float_kernel(const Produc
         },
         sums);
   }
-  write(call, row, column, sums);
+  write(call, out_aligned, row, column, sums);
 }
 
 }  // namespace
@@ -168,7 +177,8 @@ void product_float(const ProductParams& call, cudaStream_t stream) {
   if (call.rows == 0 || call.columns == 0) return;
   const auto blocks =
       static_cast<unsigned>(divide_up(call.rows, kTile) * divide_up(call.columns, kTile));
-  ptx::launch(product_float_kernel, {blocks, kThreads, sizeof(Storage)}, stream, call);
+  ptx::launch(product_float_kernel, {blocks, kThreads, sizeof(Storage)}, stream, call,
+              aligned(call.out, call.columns * 4));
 }
 
 }  // namespace flashkern::sm80

@@ -3,27 +3,33 @@
 
 #include "lora/sm80/kernels.h"
 
-namespace flashkern::sm80 {
+namespace flashkern::sm80::tiles {
 
-constexpr int kTile = kProductTile, kDepth = 32, kThreads = 128, kStages = 4, kBand = 8;
+constexpr int kTile = kProductTile, kDepth = 32, kThreads = 128, kStages = 3;
+constexpr unsigned kBand = 8;
 constexpr int kStrips = 8, kSlabs = 4;  // a warp's 64 x 64: slabs of 16 rows, strips of 8 columns
 constexpr int kPitch = kTile + 8;       // of the finished tile: 16 bytes more turn the banks
 
 using Sums = float[kSlabs][kStrips][4];
 
 template <class T>
-struct Storage {
-  struct Stage {
-    alignas(1024) T left[kTile * kDepth];
-    alignas(1024) T right[kTile * kDepth];
-  };
-  Stage stage[kStages];
+struct Stage {
+  alignas(1024) T left[kTile * kDepth];
+  alignas(1024) T right[kTile * kDepth];
 };
-static_assert(sizeof(Storage<Half>) >= kTile * kPitch * sizeof(Half));
+
+template <class T, bool kBase>
+struct Storage {
+  union {
+    Stage<T> stage[kBase ? kStages : 1];  // without a base product: the adapter's tiles
+    T finished[kTile * kPitch];
+  };
+};
 
 struct Params {
   ProductParams call;
   bool left_aligned, weight_aligned, out_aligned;
+  bool low_paired, factor_paired;  // two neighbours along the rank may be loaded as one
 };
 
 // This block's tile, and where a lane's sums lie in it.
@@ -32,13 +38,12 @@ struct Place {
   int warp_row, warp_column, lane;
 
   FK_DEVICE explicit Place(const ProductParams& call) {
-    const int64_t down = (call.rows + kTile - 1) / kTile;
-    const int64_t across = (call.columns + kTile - 1) / kTile;
-    const int64_t band = blockIdx.x / (kBand * across) * kBand;
-    const int64_t height = min(int64_t{kBand}, down - band);
-    const int64_t within = blockIdx.x - band * across;
-    row = (band + within % height) * kTile;
-    column = within / height * kTile;
+    const auto down = static_cast<unsigned>((call.rows + kTile - 1) / kTile);
+    const auto across = static_cast<unsigned>((call.columns + kTile - 1) / kTile);
+    const unsigned band = blockIdx.x / (kBand * across) * kBand;
+    const unsigned height = min(kBand, down - band), within = blockIdx.x - band * across;
+    row = int64_t{band + within % height} * kTile;
+    column = int64_t{within / height} * kTile;
     const int warp = threadIdx.x / 32;
     warp_row = warp / 2 * 64;
     warp_column = warp % 2 * 64;
@@ -89,8 +94,7 @@ FK_DEVICE int64_t right_row(const ProductParams& call, const Place& at, int row)
 // A step with the end of the depth in it, or of rows that are not whole chunks: zeros beyond the
 // depth.
 template <class T, bool kAlong>
-FK_DEVICE void copy_edge(typename Storage<T>::Stage& stage, const Params& p, const Place& at,
-                         int64_t k) {
+FK_DEVICE void copy_edge(Stage<T>& stage, const Params& p, const Place& at, int64_t k) {
   const ProductParams& call = p.call;
   const auto* left = static_cast<const T*>(call.left);
   const auto* weight = static_cast<const T*>(call.weight);
@@ -118,4 +122,4 @@ FK_DEVICE void copy_edge(typename Storage<T>::Stage& stage, const Params& p, con
   }
 }
 
-}  // namespace flashkern::sm80
+}  // namespace flashkern::sm80::tiles
