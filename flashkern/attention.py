@@ -288,7 +288,9 @@ def attention_kvcache(
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number, or appended tensors that require gradients.
         RuntimeError: lengths that leave the cache, or pages or beams that do not exist. On a GPU
-            nothing waits to look: lengths end where the cache does, and pages and beams must exist.
+            nothing waits to look: lengths end where the cache does, what is appended to a page that
+            does not exist (-1 in a padded batch) is dropped, and keys of such a page, or of such a
+            beam, are those of another one: what attends to them is any number.
         NotImplementedError: dropout with ``shared_k``, or a gradient through beams.
 
     Example:
