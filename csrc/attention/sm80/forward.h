@@ -140,8 +140,10 @@ class Block {
                       int columns) {
     if (kPlain || (plan_.aligned && keys.contiguous())) {
       fast(tile, first, end);
+    } else if (plan_.aligned) {
+      copy_scattered<kThreads>(tile, keys, first, end, columns);
     } else {
-      copy_tile(tile, keys, first, end, columns, plan_.aligned);
+      copy_tile(tile, keys, first, end, columns, false);
     }
     ptx::copy_commit();
   }

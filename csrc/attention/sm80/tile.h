@@ -159,6 +159,38 @@ FK_DEVICE void copy_tile(Tile<T, kRows, kDim>& tile, const Rows& rows, int first
   }
 }
 
+// The same where each row lies for itself (in a page, in a beam's row), aligned, by kThreads: a
+// lane finds the address of a row or two, and those that copy the row's chunks take it from there.
+template <int kThreads, class T, int kRows, int kDim, class Rows>
+FK_DEVICE void copy_scattered(Tile<T, kRows, kDim>& tile, const Rows& rows, int first, int end,
+                              int dim) {
+  using Shape = Tile<T, kRows, kDim>;
+  constexpr int kOwn = kRows * 32 / kThreads;  // rows of a warp
+  constexpr int kLanes = Shape::kChunks < 32 ? Shape::kChunks : 32, kPass = 32 / kLanes;
+  const int lane = static_cast<int>(threadIdx.x % 32), own = lane / kLanes;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * kOwn, left = end - first - warp_row;
+  uint64_t found[(kOwn + 31) / 32];
+#pragma unroll
+  for (int i = 0; i < kOwn; i += 32) {
+    const int row = i + lane % kOwn;
+    const T* from = row < left ? rows(first + warp_row + row) : rows.data;
+    found[i / 32] = reinterpret_cast<uint64_t>(from);
+  }
+  const int to = Shape::at(warp_row + own, lane % kLanes);
+#pragma unroll
+  for (int r = 0; r < kOwn; r += kPass) {
+    const uint64_t at = __shfl_sync(ptx::kAllLanes, found[r / 32], r % 32 + own);
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; c += kLanes) {
+      const int column = (lane % kLanes + c) * Shape::kChunkElements;
+      const int turned = to ^ Shape::turn(r) * Shape::kChunkElements;
+      ptx::copy_async<16>(tile.data + turned + r * kDim + c * Shape::kChunkElements,
+                          reinterpret_cast<const T*>(at) + column,
+                          r + own < left && column < dim ? 16 : 0);
+    }
+  }
+}
+
 // The same for the tiles of contiguous keys, one after another, by kThreads threads: a thread's
 // chunks are a constant step apart, so that each costs one addition of a stride and one comparison.
 template <int kThreads, class T, int kRows, int kDim>
