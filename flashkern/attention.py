@@ -288,7 +288,8 @@ def attention_kvcache(
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number, or appended tensors that require gradients.
         RuntimeError: lengths that leave the cache, or pages or beams that do not exist. On a GPU
-            nothing waits to look: lengths end where the cache does, and pages and beams must exist.
+            nothing waits to look: lengths end where the cache does, rows appended to such a page
+            (-1 in a padded batch) are dropped, and such a page or beam is read as another one.
         NotImplementedError: dropout with ``shared_k``, or a gradient through beams.
 
     Example:

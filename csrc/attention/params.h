@@ -57,10 +57,10 @@ struct Problem {
 
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1,), both or neither
   const int32_t* cu_seqlens_k = nullptr;
-  int64_t packed_q = 0, packed_k = 0;   // rows of the packed tensors
-  const int32_t* kv_lengths = nullptr;  // (batch,): keys from here on are not seen
-  const int32_t* page_table = nullptr;  // (batch, pages)
-  int64_t page_table_row = 0, page_size = 0;
+  int64_t packed_q = 0, packed_k = 0;                    // rows of the packed tensors
+  const int32_t* kv_lengths = nullptr;                   // (batch,): keys from here on are not seen
+  const int32_t* page_table = nullptr;                   // (batch, pages)
+  int64_t page_table_row = 0, page_size = 0, pages = 0;  // pages: of the cache
 
   // Of beam search, where `beams` rows of the batch continue one prompt.
   int64_t beams = 1;
@@ -153,7 +153,7 @@ struct AppendParams {
   Output key_cache, value_cache;
   const int32_t* cache_lengths = nullptr;
   const int32_t* page_table = nullptr;
-  int64_t page_table_row = 0, page_size = 0;
+  int64_t page_table_row = 0, page_size = 0, pages = 0;
   int64_t capacity = 0;  // tokens that a sequence has room for
 };
 

@@ -195,6 +195,7 @@ namespace {
 void start_group() {
   Group& group = *machine.group;
   size_t number = 0;
+  machine.idle_spins = 0;
   group.live = 0;
   group.warps.clear();
   for (auto& block : group.blocks) {

@@ -5,17 +5,25 @@
 
 namespace flashkern::ptx {
 
+// For a loop that waits: what others have handed on is taken by a load_acquire behind it.
+FK_DEVICE int load_relaxed(const int* p) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 FK_DEVICE int load_acquire(const int* p) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
 
-FK_DEVICE void store_release(int* p, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+// Adds, and hands on all that this thread has written or been handed.
+FK_DEVICE void add_release(int* p, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
-// Adds, and hands on all that this thread has written or been handed; takes what others handed on.
+// The same, and takes what others handed on.
 FK_DEVICE int add_acquire_release(int* p, int value) {
   int old;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"

@@ -119,11 +119,12 @@ void set_paged(Problem& p, const AttentionArguments& a) {
   p.page_table = int32_data("page_table", a.page_table);
   p.page_table_row = a.page_table->stride(0);
   p.page_size = a.key.size(2);
+  p.pages = a.key.size(0);
   STD_TORCH_CHECK(p.page_size > 0, "attention: pages must hold at least one token");
-  p.seq_k = a.page_table->size(1) * p.page_size;
+  p.seq_k = p.pages > 0 ? a.page_table->size(1) * p.page_size : 0;
   if (!host_readable(a.key)) return;
   check_pages(p.page_table, p.page_table_row, p.batch, a.page_table->size(1), p.kv_lengths,
-              p.page_size, a.key.size(0));
+              p.page_size, p.pages);
 }
 
 // Laid out as query is: where its heads lie side by side in a row, so do those of the output.
@@ -162,7 +163,7 @@ void launch(attention::ForwardParams& p, const Tensor& query) {
   }
 }
 
-void check_append(const attention::AppendParams& p, int64_t pages) {
+void check_append(const attention::AppendParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int32_t length = p.cache_lengths[b];
     STD_TORCH_CHECK(length >= 0 && length + p.rows <= p.capacity,
@@ -170,8 +171,9 @@ void check_append(const attention::AppendParams& p, int64_t pages) {
                     " tokens, got ", length);
     for (int64_t t = 0; p.page_table != nullptr && t < p.rows; ++t) {
       const int32_t page = p.page_table[b * p.page_table_row + (length + t) / p.page_size];
-      STD_TORCH_CHECK(page >= 0 && page < pages, "attention: page_table must hold pages from 0 to ",
-                      pages - 1, ", got ", page);
+      STD_TORCH_CHECK(page >= 0 && page < p.pages,
+                      "attention: page_table must hold pages from 0 to ", p.pages - 1, ", got ",
+                      page);
     }
   }
 }
@@ -310,6 +312,7 @@ void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Ten
   p.value_cache = output_of(v_cache);
   p.cache_lengths = int32_data("cache_lengths", cache_lengths);
   p.page_size = k_cache.size(2);
+  p.pages = k_cache.size(0);
   int64_t capacity = k_cache.size(2);
   if (page_table.has_value()) {
     p.page_table = int32_data("page_table", page_table);
@@ -317,7 +320,7 @@ void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Ten
     capacity *= page_table->size(1);
   }
   p.capacity = capacity;
-  if (host_readable(k)) check_append(p, k_cache.size(0));
+  if (host_readable(k)) check_append(p);
   if (p.rows == 0) return;
   if (on_gpu(k)) {
     if constexpr (kGpuKernels) gpu::attention_append(p, GpuScope(k).stream());

@@ -110,11 +110,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     grad_lse = contiguous_last(*grad_lse);
     p.grad_lse = row_values_of(*grad_lse);
   }
-  Tensor delta = new_empty(lse, lse.sizes());
-  p.delta = row_values_of(delta);
+  Tensor delta;  // not of a GPU
+  if (!on_gpu(query)) {
+    delta = new_empty(lse, lse.sizes());
+    p.delta = row_values_of(delta);
+  }
 
-  // The GPU kernels write every row of a sequence and each key that is not beyond its length.
-  const bool gpu = on_gpu(query), whole = gpu && p.cu_seqlens_q == nullptr;
+  // The GPU kernels write every row of a sequence and each key that is not beyond its length. Where
+  // there is no row, or no head, there is nothing to launch.
+  const bool gpu = on_gpu(query), any = query.numel() > 0;
+  const bool whole = any && gpu && p.cu_seqlens_q == nullptr;
   const bool apart = narrow && !gpu;
   Tensor query_sums = gradient_like(query, whole, apart ? sums : query.scalar_type());
   Tensor grad_query = apart ? new_empty(query, query.sizes()) : query_sums;
@@ -134,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_sinks = new_zeros(query, {sinks.has_value() ? p.heads : 0}, sums);
   if (sinks.has_value()) p.grad_sinks = grad_sinks.mutable_data_ptr();
 
-  launch(p, query);
+  if (any) launch(p, query);
   if (bias_needs_grad) grad_bias = sum_bias_gradient(grad_bias, *bias);
   return {grad_query, grad_key, grad_value, grad_bias, grad_sinks};
 }

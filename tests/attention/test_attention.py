@@ -357,3 +357,18 @@ def test_same_bits_on_any_threads_and_in_any_batch(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     alone = fk.attention(*(t[:1].detach() for t in tensors), causal=True)
     assert torch.equal(alone, results[0][0][:1])
+
+
+@pytest.mark.kernels("attention_forward", "attention_backward")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 70, 8192), (1, 1, 1, 4096, 70)])
+def test_long_sums_of_float32(backend: str, shape: tuple[int, int, int, int, int]) -> None:
+    """Tensor cores cut their sums where others round them: what is all positive would shrink."""
+    tensors = [t.detach().abs().requires_grad_() for t in draw(shape, 32, torch.float32)]
+    output = fk.attention(*tensors)
+    direction = torch.rand(output.shape)
+    got = (output, *torch.autograd.grad(output, tensors, direction))
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    output, _ = reference.attention(*wide)
+    want = (output, *torch.autograd.grad(output, wide, direction.double()))
+    for mine, theirs in zip(got[::3], want[::3], strict=True):  # the output and dV
+        torch.testing.assert_close(mine.double(), theirs, rtol=3e-6, atol=0)

@@ -160,3 +160,13 @@ def test_nan_in_the_first_row_stays_there(
     assert output[:, :, 0].isnan().all()
     for x in (output, *torch.autograd.grad(output, tensors, direction)):
         assert x[:, :, 140:].isfinite().all()
+
+
+def test_no_heads(backend: str) -> None:
+    """And sinks: of no heads either."""
+    query, key, value = (torch.randn(2, n, 9, 32, requires_grad=True) for n in (0, 1, 1))
+    sinks = torch.randn(0, requires_grad=True)
+    output = fk.attention(query, key, value, sinks=sinks)
+    grads = torch.autograd.grad(output.sum(), (query, key, value, sinks))
+    assert grads[0].shape == query.shape and grads[3].shape == (0,)
+    assert all((grad == 0).all() for grad in grads)

@@ -218,3 +218,48 @@ def test_what_is_appended_is_on_the_device_of_its_cache(name: str) -> None:
     new = {"k": query, "v": query, name: query.to("meta")}
     with pytest.raises(ValueError, match=f"{name} must be on device cpu, got meta"):
         fk.attention_kvcache(query, cache, cache.clone(), cache_lengths=torch.tensor([3]), **new)
+
+
+@pytest.mark.kernels("attention_forward", "attention_append_kv", "attention_beams")
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("beams", [False, True])
+def test_a_gpu_meets_pages_and_beams_that_do_not_exist(
+    backend: str, beams: bool, rows: int
+) -> None:
+    """A padded batch has them. Nothing outside the cache is written, and nothing there is read."""
+    if backend not in GPU:
+        pytest.skip("a CPU refuses them")
+    around = torch.full((2, 5, 1, 8, 16), torch.nan)
+    around[:, 1:4] = 0
+    k_cache, v_cache = around[:, 1:4]
+    new, query = torch.ones(3, 1, 1, 16), torch.ones(3, 1, rows, 16)
+    options = {"cache_lengths": torch.tensor([3, 3, 3]), "k": new, "v": new}
+    options["page_table"] = torch.tensor([[-1, 0], [3, 0], [2, -1]])
+    if beams:
+        options["beam_table"] = torch.tensor([0, -1, 3]).view(1, 3, 1).expand(1, 3, 16).contiguous()
+    output = fk.attention_kvcache(query, k_cache, v_cache, **options)
+    assert output.isfinite().all()
+    assert around[:, [0, 4]].isnan().all()
+    for cache in (k_cache, v_cache):
+        assert (cache[2, :, 3] == 1).all() and cache.sum() == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(24, 32), (64, 40), (128, 128), (256, 136)])
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_pages_give_the_bits_of_a_cache(
+    backend: str, rows: int, dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Whatever a tile's rows are wide; what lies in pages behind a sequence's length is NaN."""
+    query = torch.randn(2, 2, rows, dims[0]).to(dtype)
+    caches = [torch.randn(2, 1, 200, dim).to(dtype) for dim in dims]
+    options = {"cache_lengths": torch.tensor([200, 131]), "causal": True}
+    want = fk.attention_kvcache(query, *caches, **options)
+    for cache in caches:
+        cache[1, :, 131:] = torch.nan
+    for page_size in (1, 10, 40):
+        table = torch.randperm(400 // page_size).view(2, -1)
+        pools = [torch.empty(table.numel(), 1, page_size, dim).to(dtype) for dim in dims]
+        for pool, cache in zip(pools, caches, strict=True):
+            pool[table.flatten()] = cache.reshape(-1, 1, page_size, cache.shape[3])
+        assert torch.equal(fk.attention_kvcache(query, *pools, page_table=table, **options), want)

@@ -128,7 +128,7 @@ __global__ void chain(int* out) {
   if (me() != 0) return;
   while (ptx::load_acquire(out) != static_cast<int>(blockIdx.x)) __nanosleep(20);
   out[1] = out[1] * 2 + 1;
-  ptx::store_release(out, static_cast<int>(blockIdx.x) + 1);
+  ptx::add_release(out, 1);
 }
 
 __global__ void registers(int* out) {  // 384 threads: 168 each; 128 give what 256 take

@@ -113,10 +113,10 @@ struct add_acquire_release {
     return on(fault) ? ::atomicAdd(p, value) : ptx::add_acquire_release(p, value);
   }
 };
-struct store_release {
+struct add_release {
   int fault;
   void operator()(int* p, int value) const {
-    on(fault) ? void(::atomicExch(p, value)) : ptx::store_release(p, value);
+    on(fault) ? void(::atomicAdd(p, value)) : ptx::add_release(p, value);
   }
 };
 struct load_acquire {

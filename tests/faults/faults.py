@@ -40,8 +40,8 @@ FUNCTIONS = {
     "__reduce_add_sync": "is the lane's own",
     "atomicAdd": "is not atomic",
     "add_acquire_release": "is relaxed",
+    "add_release": "is relaxed",
     "load_acquire": "is relaxed",
-    "store_release": "is relaxed",
 }
 CALLS = re.compile(rf"(?<![\w:.])(?:ptx::)?({'|'.join(FUNCTIONS)})\(")
 INFIX = {

@@ -1,6 +1,7 @@
 // Appends new keys and values to a cache in place. One warp for each row of keys and its row of
-// values, 16 bytes a lane where addresses allow. A row that does not fit the cache is not written:
-// nobody has read the lengths before.
+// values, 16 bytes a lane where addresses allow. Nobody has read the lengths and the page table
+// before: a row that does not fit the cache, or whose page does not exist (-1 where a batch is
+// padded), is not written.
 #include "attention/gpu.h"
 #include "ptx/launch.h"
 
@@ -26,6 +27,7 @@ FK_DEVICE void append_row(const AppendParams& p, const Matrix& source, const Out
   if (p.page_table != nullptr) {
     const auto page_size = static_cast<unsigned>(p.page_size);
     at = p.page_table[batch * p.page_table_row + slot / page_size];
+    if (at < 0 || at >= p.pages) return;
     slot %= page_size;
   }
   const auto* from = static_cast<const char*>(source.data) +

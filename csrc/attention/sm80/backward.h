@@ -14,8 +14,9 @@
 //             to 256   32 x 32, 4   16 x 16        | 32 x 64              | 32 x 64     68 KiB
 //           float32: backward_plan.h. Q and dO have two stages up to 64 columns, else one
 //   step    barrier | S, dP, dS (to 64: dV, dK from the same registers) | barrier | dV, dK from
-//           shared memory, barrier, copies of the next tile | dQ. A step's sums are published
-//           behind the next step's first barrier; the turn is awaited behind it by one thread
+//           shared memory, barrier, copies of the next tile | dQ. One thread waits for the turn
+//           just before the last barrier in front of dQ, which alone needs it; a step's sums are
+//           published behind the next step's first barrier
 //   SASS    of a step of a warp, bf16 on sm_80: HMMA 320, LDSM 128, all 1327 (64);
 //           HMMA 320, LDSM 136, all 1172 (128); without a mask and with the sums of others
 //   numbers float32 sums; P and dS are rounded to the tensors' type before they multiply. Softcap,
@@ -112,6 +113,8 @@ class BackwardBlock {
   static constexpr int kMostColumns = kFull || kDim > 128 ? 32 : 64;
   static constexpr int kQueryN =
       (Shape::kRowColumns < kMostColumns ? Shape::kRowColumns : kMostColumns) / 8;
+  // A barrier behind dK and dV lets the next tile come; else the one before them does for dQ too.
+  static constexpr bool kTileDone = kStages == 1 && !Shape::kHeld;
   using Rows = QueryTile<kKeys, kRows>;
   using Scores = float[kScoreM][kScoreN][4];
 
@@ -155,17 +158,21 @@ class BackwardBlock {
     const bool whole = __syncthreads_and(!blind) && tile.whole;  // this tile is here, sums stored
     if (kStages == 2 && more) copy_rows(index + 1, next, stage ^ 1);
     if (threadIdx.x == 0) last.pass();
-    if (threadIdx.x == 32) turn.wait();
 #pragma unroll 1
     for (int part = 0; part < kRows; part += Shape::kRowParts * Shape::kScoreRows) {
       differentiate(tile, stage, part + score_rows(), whole);
     }
-    __syncthreads();  // P and dS are here, and so is the turn
+    if (!kTileDone && threadIdx.x == 32) turn.wait();
+    __syncthreads();  // P and dS are here, and so is the turn, but for kTileDone
     if constexpr (!Shape::kHeld) {
       multiply<Stored::kByRows, Stored::kByK, kRows>(value_sums_, shared_.weights, key_group(),
                                                      shared_.grads[stage], key_columns());
       multiply<Stored::kByRows, Stored::kByK, kRows>(key_sums_, shared_.logits, key_group(),
                                                      shared_.queries[stage], key_columns());
+    }
+    if constexpr (kTileDone) {
+      if (threadIdx.x == 32) turn.wait();
+      __syncthreads();  // nobody reads the tile any more, and the turn is here
     }
 #pragma unroll 1
     for (int column = 0; column < Shape::kRowColumns; column += 8 * kQueryN) {
@@ -174,10 +181,7 @@ class BackwardBlock {
                            warp_ * (Shape::kOfRows * Shape::kRowColumns) + Shape::kOfRows * column;
       float* sums = p_.workspace + plan_.sums + part;
       if (!turn.first()) load_sums(d, sums);
-      if (kStages == 1 && column == 0) {
-        if (!Shape::kHeld) __syncthreads();  // nobody reads the tile any more
-        if (more) copy_rows(index + 1, next, 0);
-      }
+      if (kStages == 1 && column == 0 && more) copy_rows(index + 1, next, 0);
       multiply<Stored::kByK, Stored::kByK, kKeys>(d, shared_.logits, row_group(), shared_.keys,
                                                   row_columns() + column);
       turn.last() ? write_query(d, tile, row_columns() + column) : store_sums(d, sums);

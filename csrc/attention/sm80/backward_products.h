@@ -69,11 +69,19 @@ FK_DEVICE float operand(const Tile<float, R, C>& tile, int row, int k) {
   return kHow == Stored::kByK ? tile.element(k, row) : tile.element(row, k);
 }
 
-// float32: as three products of TF32 (products.h), 8 columns of B at a time.
+// float32: as three products of TF32 (products.h), 8 columns of B at a time; more than 64 columns
+// in two loops, for the factors of all of them would crowd the registers.
 template <Stored kA, Stored kB, int M, int N, int RA, int CA, int RB, int CB>
 FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, int m,
                              const Tile<float, RB, CB>& b, int n, int length) {
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+  if constexpr (N > 8) {
+    static_assert(M == 1);
+    using Half = float[1][N / 2][4];
+    multiply_tf32<kA, kB>(reinterpret_cast<Half&>(d[0][0]), a, m, b, n, length);
+    multiply_tf32<kA, kB>(reinterpret_cast<Half&>(d[0][N / 2]), a, m, b, n + 4 * N, length);
+    return;
+  }
 #pragma unroll 1
   for (int k = 0; k < length; k += 8) {
     uint32_t high[M][4], low[M][4];
@@ -92,10 +100,7 @@ FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, 
       }
 #pragma unroll
       for (int i = 0; i < M; ++i) {
-        float (&sums)[1][4] = reinterpret_cast<float (&)[1][4]>(d[i][j]);
-        ptx::mma_strip<ptx::Tf32>(sums, low[i], b_high);
-        ptx::mma_strip<ptx::Tf32>(sums, high[i], b_low);
-        ptx::mma_strip<ptx::Tf32>(sums, high[i], b_high);
+        multiply_tf32x3(part<1>(d[i], j), high[i], low[i], b_high, b_low);
       }
     }
   }

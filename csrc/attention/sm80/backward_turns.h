@@ -30,7 +30,9 @@ struct QueryTile {
 };
 
 // A block's turn at the sums of a tile: one thread waits and one passes it on, behind a barrier
-// that follows the block's own sums; a barrier hands on what the wait was handed.
+// that follows the block's own sums; a barrier hands on what the wait was handed. Turns are
+// counted, and a waiter asks for so many or more: where cu_seqlens of a GPU, which nobody has
+// checked, say that sequences overlap, they share a tile's count, and still nobody waits for ever.
 struct Turn {
   int* turns;  // of every tile: a constant, which takes no register
   int tile = 0, mine = 0, blocks = 0;
@@ -39,10 +41,11 @@ struct Turn {
   FK_DEVICE bool last() const { return mine + 1 == blocks; }
   FK_DEVICE void wait() const {
     if (first()) return;
-    while (ptx::load_acquire(turns + tile) != mine) __nanosleep(32);
+    while (ptx::load_relaxed(turns + tile) < mine) __nanosleep(32);
+    ptx::load_acquire(turns + tile);
   }
   FK_DEVICE void pass() const {
-    if (mine + 1 < blocks) ptx::store_release(turns + tile, mine + 1);
+    if (mine + 1 < blocks) ptx::add_release(turns + tile, 1);
   }
 };
 

@@ -15,9 +15,8 @@
 //   pipe    one stage: V(j) is copied during Q K(j)^T, K(j + 1) during the softmax and P V(j). A
 //           product of 128 x 64 x 128 takes about as long as memory to answer, the other block
 //           fills what is left. few: two stages, K(j + 1) and V(j + 1) come during all of step j
-//   regs    128 rows of 128 columns: 128 for sums, 64 for scores, 63 for all else; so states of
-//   rows
-//           live in shared memory between tiles
+//   regs    128 rows of 128 columns: 128 for sums, 64 for scores, 63 for all else; so the states of
+//           rows live in shared memory between tiles
 //   numbers float32 sums; P is rounded to V's type (float32: products of TF32 pairs, products.h);
 //           exp2 within 2 ulp; a row's sum is kept by four lanes and joined at the end
 //
@@ -141,8 +140,10 @@ class Block {
                       int columns) {
     if (kPlain || (plan_.aligned && keys.contiguous())) {
       fast(tile, first, end);
+    } else if (plan_.aligned) {
+      copy_scattered<kThreads>(tile, keys, first, end, columns);
     } else {
-      copy_tile(tile, keys, first, end, columns, plan_.aligned);
+      copy_tile(tile, keys, first, end, columns, false);
     }
     ptx::copy_commit();
   }

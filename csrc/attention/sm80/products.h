@@ -1,9 +1,8 @@
 // The two products of attention for the 16 kStrips query rows of a warp, in the registers of
 // mma.sync:
 //
-//   scores[m][j][4] += Q K^T   strip m, 8 keys each: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t +
-//   1)
-//                              with g = lane / 4, t = lane % 4
+//   scores[m][j][4] += Q K^T   strip m, 8 keys each, with g = lane / 4, t = lane % 4:
+//                              (g, 2t)  (g, 2t + 1)  (g + 8, 2t)  (g + 8, 2t + 1)
 //   sums[m][j][4]   += P V     the same, 8 columns each
 //
 // P never leaves its registers: what a lane holds as a sum of the first product is what it must
@@ -12,7 +11,8 @@
 // beyond head_dim are zeros; half precision multiplies them, float32 stops at `dim`.
 //
 // bfloat16 and float16 multiply exactly and add in float32. float32 is cut in two TF32 numbers, of
-// which three products are summed (small ones first): 21 bits of each factor count.
+// which three products are summed (small ones first): 21 bits of each factor count. Fasi, Higham,
+// Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores (2021).
 #pragma once
 
 #include "attention/sm80/tile.h"
@@ -99,6 +99,20 @@ FK_DEVICE void split_tf32(float x, uint32_t& high, uint32_t& low) {
   low = ptx::to_tf32(x - __uint_as_float(high));
 }
 
+// d += A B, of factors that are cut. Tensor cores cut their sums too, towards zero, so that a long
+// one would shrink with every step: only the three products meet there, and d is rounded.
+template <int N>
+FK_DEVICE void multiply_tf32x3(float (&d)[N][4], const uint32_t (&a_high)[4],
+                               const uint32_t (&a_low)[4], const uint32_t (&b_high)[N][2],
+                               const uint32_t (&b_low)[N][2]) {
+  float step[N][4] = {};
+  ptx::mma_strip<ptx::Tf32>(step, a_low, b_high);
+  ptx::mma_strip<ptx::Tf32>(step, a_high, b_low);
+  ptx::mma_strip<ptx::Tf32>(step, a_high, b_high);
+#pragma unroll
+  for (int i = 0; i < 4 * N; ++i) d[i / 4][i % 4] += step[i / 4][i % 4];
+}
+
 template <int N>
 FK_DEVICE void multiply_tf32x3(float (&d)[N][4], const float (&a)[4], const float (&b)[N][2]) {
   uint32_t a_high[4], a_low[4], b_high[N][2], b_low[N][2];
@@ -108,9 +122,7 @@ FK_DEVICE void multiply_tf32x3(float (&d)[N][4], const float (&a)[4], const floa
   for (int i = 0; i < 2 * N; ++i) {
     split_tf32(b[i / 2][i % 2], b_high[i / 2][i % 2], b_low[i / 2][i % 2]);
   }
-  ptx::mma_strip<ptx::Tf32>(d, a_low, b_high);
-  ptx::mma_strip<ptx::Tf32>(d, a_high, b_low);
-  ptx::mma_strip<ptx::Tf32>(d, a_high, b_high);
+  multiply_tf32x3(d, a_high, a_low, b_high, b_low);
 }
 
 // float32 has one strip; of its keys or columns 64 at a time.

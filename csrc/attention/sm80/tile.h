@@ -51,7 +51,8 @@ class Blocks {
 };
 
 // The keys (or values) of one KV head, contiguous or in pages; in beam search each of them in the
-// row of the batch that the beam table names, where kBeams allows for one.
+// row of the batch that the beam table names, where kBeams allows for one. Nobody has looked at the
+// tables: a wrong number must not be an address, so it counts as the last page or beam.
 template <class T, bool kBeams = false>
 struct KeyRows {
   const T* data;
@@ -59,18 +60,21 @@ struct KeyRows {
   const int32_t* pages = nullptr;
   const int32_t* beams = nullptr;
   int page_size = 1, page_row = 0;
+  unsigned last_page = 0, last_beam = 0;
 
   FK_DEVICE KeyRows(const Problem& p, const Matrix& m, const Sequence& s, int kv_head)
       : data(static_cast<const T*>(m.data) + kv_head * m.head), row(m.row), batch(m.batch) {
     int64_t first = s.batch;
     if (kBeams && p.beam_table != nullptr) {
       beams = p.beam_table + first * p.beam_table_row;
+      last_beam = static_cast<unsigned>(p.beams - 1);
       first = first / p.beams * p.beams;
     }
     if (p.page_table != nullptr) {
       pages = p.page_table + first * p.page_table_row;
       page_size = static_cast<int>(p.page_size);
       page_row = static_cast<int>(p.page_table_row);
+      last_page = static_cast<unsigned>(p.pages - 1);
     } else {
       data += first * m.batch + s.k_start * m.row;
     }
@@ -79,10 +83,19 @@ struct KeyRows {
   FK_DEVICE bool contiguous() const { return pages == nullptr && (!kBeams || beams == nullptr); }
 
   FK_DEVICE const T* operator()(int key) const {
-    const int beam = !kBeams || beams == nullptr ? 0 : beams[key];
+    const unsigned beam = beam_of(key);
     if (pages == nullptr) return data + beam * batch + key * row;
-    const int page = pages[beam * int64_t{page_row} + key / page_size];
-    return data + page * batch + key % page_size * row;
+    return data + page_of(beam, key) * batch + key % page_size * row;
+  }
+
+ private:
+  // Which of the prompt's beams holds a key, and which page of the cache holds it of that beam.
+  FK_DEVICE unsigned beam_of(int key) const {
+    if (!kBeams || beams == nullptr) return 0;
+    return min(static_cast<unsigned>(beams[key]), last_beam);
+  }
+  FK_DEVICE unsigned page_of(unsigned beam, int key) const {
+    return min(static_cast<unsigned>(pages[beam * int64_t{page_row} + key / page_size]), last_page);
   }
 };
 
@@ -142,6 +155,38 @@ FK_DEVICE void copy_tile(Tile<T, kRows, kDim>& tile, const Rows& rows, int first
       ptx::copy_async<16>(to, from, there ? 16 : 0);
     } else {
       copy_slowly(to, from, there ? Shape::kChunkElements : 0);
+    }
+  }
+}
+
+// The same where each row lies for itself (in a page, in a beam's row), aligned, by kThreads: a
+// lane finds the address of a row or two, and those that copy the row's chunks take it from there.
+template <int kThreads, class T, int kRows, int kDim, class Rows>
+FK_DEVICE void copy_scattered(Tile<T, kRows, kDim>& tile, const Rows& rows, int first, int end,
+                              int dim) {
+  using Shape = Tile<T, kRows, kDim>;
+  constexpr int kOwn = kRows * 32 / kThreads;  // rows of a warp
+  constexpr int kLanes = Shape::kChunks < 32 ? Shape::kChunks : 32, kPass = 32 / kLanes;
+  const int lane = static_cast<int>(threadIdx.x % 32), own = lane / kLanes;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * kOwn, left = end - first - warp_row;
+  uint64_t found[(kOwn + 31) / 32];
+#pragma unroll
+  for (int i = 0; i < kOwn; i += 32) {
+    const int row = i + lane % kOwn;
+    const T* from = row < left ? rows(first + warp_row + row) : rows.data;
+    found[i / 32] = reinterpret_cast<uint64_t>(from);
+  }
+  const int to = Shape::at(warp_row + own, lane % kLanes);
+#pragma unroll
+  for (int r = 0; r < kOwn; r += kPass) {
+    const uint64_t at = __shfl_sync(ptx::kAllLanes, found[r / 32], r % 32 + own);
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; c += kLanes) {
+      const int column = (lane % kLanes + c) * Shape::kChunkElements;
+      const int turned = to ^ Shape::turn(r) * Shape::kChunkElements;
+      ptx::copy_async<16>(tile.data + turned + r * kDim + c * Shape::kChunkElements,
+                          reinterpret_cast<const T*>(at) + column,
+                          r + own < left && column < dim ? 16 : 0);
     }
   }
 }

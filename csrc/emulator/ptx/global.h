@@ -6,15 +6,21 @@
 
 namespace flashkern::ptx {
 
+FK_UNWATCHED int load_relaxed(const int* p, Site site = Site::current()) {
+  emulator::pause("load_relaxed", site);
+  emulator::on_atomic(p, sizeof(int), site, emulator::Order::kRelaxed);
+  return *p;
+}
+
 FK_UNWATCHED int load_acquire(const int* p, Site site = Site::current()) {
   emulator::pause("load_acquire", site);
   emulator::on_atomic(p, sizeof(int), site, emulator::Order::kAcquire);
   return *p;
 }
 
-FK_UNWATCHED void store_release(int* p, int value, Site site = Site::current()) {
+FK_UNWATCHED void add_release(int* p, int value, Site site = Site::current()) {
   emulator::on_atomic(p, sizeof(int), site, emulator::Order::kRelease);
-  *p = value;
+  *p += value;
 }
 
 FK_UNWATCHED int add_acquire_release(int* p, int value, Site site = Site::current()) {
