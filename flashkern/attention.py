@@ -59,7 +59,8 @@ def attention(
         bias: bool (True: attend) or float (added), broadcastable to (B, H, Sq, Sk).
         alibi_slopes: (H,) or (B, H). Not differentiable.
         sinks: (H,), one more logit for each row, without a value.
-        kv_lengths: (B,) integers: keys from kv_lengths[b] on are not seen. The diagonal stays.
+        kv_lengths: (B,) integers: keys from kv_lengths[b] on are not seen, none where it is
+            negative. The diagonal stays.
         dropout_p: probability of dropping a weight, in [0, 1). The mask is a function of a seed
             drawn from torch's generator (:mod:`flashkern.random`).
         return_lse: also return the log-sum-exp of each row's logits.
@@ -133,8 +134,8 @@ def attention_varlen(
         query: (Tq, H, D), the rows of all sequences.
         key: (Tk, Hkv, D).
         value: (Tk, Hkv, Dv).
-        cu_seqlens_q: (B + 1,) integers, rising from 0 to Tq.
-        cu_seqlens_k: (B + 1,) integers, rising from 0 to Tk.
+        cu_seqlens_q: (B + 1,) integers that never fall, from 0 or more to Tq or less.
+        cu_seqlens_k: (B + 1,) integers that never fall, from 0 or more to Tk or less.
         max_seqlen_q: the most rows that a sequence has.
         max_seqlen_k: the most keys that a sequence has.
         bias: broadcastable to (B, H, max_seqlen_q, max_seqlen_k); each sequence uses its corner.
