@@ -50,7 +50,8 @@ STABLE_TORCH_LIBRARY(flashkern, m) {
       "Tensor grad_sinks)");
   m.def(
       "attention_append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-      "Tensor cache_lengths, Tensor? page_table) -> ()");
+      "Tensor cache_lengths, Tensor? page_table, Tensor? beam_table=None, Tensor? shared_k=None, "
+      "Tensor? shared_lengths=None) -> ()");
 
   m.def(
       "beam_topk(Tensor logits, Tensor beam_scores, SymInt k, Tensor? logsumexp=None, "

@@ -1,7 +1,6 @@
 """``python -m flashkern info``: what this installation is and what it runs on."""
 
 import argparse
-import os
 import sys
 
 import torch
@@ -13,7 +12,9 @@ from flashkern._version import __version__
 def info() -> str:
     """Version, build, CPU instruction set, threads and GPU state, a line each."""
     best = _ops.cpu_isa()
-    cuda = f"{_host.cuda}"
+    kernels = _ops.has_kernel("attention_forward", "cuda")
+    why = _host.cuda.removeprefix("no: ")
+    cuda = why if kernels else f"built without CUDA kernels ({why}); rebuild with FLASHKERN_CUDA=1"
     if torch.cuda.is_available():
         cuda += f"; torch sees {torch.cuda.get_device_name()}"
     rows = {
@@ -28,9 +29,11 @@ def info() -> str:
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
     if best == "portable" and not _ops.BACKEND:
         missing = "CPU has no AVX2" if "avx2" in _host.isas.split() else "build has no AVX2 kernels"
-        forced = os.environ.get("FLASHKERN_CPU_ISA") == best
+        forced = best == _ops.FORCED_ISA
         reason = "FLASHKERN_CPU_ISA forces it" if forced else f"this {missing}"
         lines.append(f"hint       portable, since {reason}: the kernels are right, but not fast")
+    if torch.version.cuda and not kernels and not _ops.BACKEND:
+        lines.append("hint       this torch has CUDA, this build of flashkern runs on CPUs alone")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashkern._attention_ops import sums_dtype
-from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+from flashkern._checks import FINITE, FLOATS, check, check_dtype, check_tensor, number
 from flashkern.random import draw_seed
 
 Window = tuple[int | None, int | None] | None
@@ -124,8 +124,9 @@ def band(op: str, causal: bool | str, window: Window, own_length: bool) -> Band:
         if not isinstance(window, Sequence) or len(window) != 2:
             check(False, op, "window", "be a pair (left, right)", repr(window))
         for side in window:
-            if side is not None and (not isinstance(side, int) or side < 0):
-                check(False, op, "window", "hold None or integers from 0", repr(window))
+            if side is not None and not (isinstance(side, int) and 0 <= side < 2**63):
+                must = "hold None or integers from 0, below 2**63"
+                check(False, op, "window", must, repr(window))
         left = -1 if window[0] is None else window[0]
         right = -1 if window[1] is None else window[1]
     return alignment, left, 0 if causal else right
@@ -136,14 +137,14 @@ def numbers(
 ) -> tuple[float, float, float]:
     """scale, softcap and dropout_p, checked."""
     if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        check(False, op, "scale", "be finite", scale)
-    if softcap and not 0 <= softcap < math.inf:
-        check(False, op, "softcap", "be finite and not negative", softcap)
-    if dropout_p and not 0 <= dropout_p < 1:
-        check(False, op, "dropout_p", "be in [0, 1)", dropout_p)
-    return float(scale), float(softcap), float(dropout_p)
+        scale = float(query.shape[-1] ** -0.5)
+    else:
+        scale = number(op, "scale", scale, "be finite", *FINITE)
+    if type(softcap) is not float or softcap:
+        softcap = number(op, "softcap", softcap, "be finite and not negative", 0, math.inf)
+    if type(dropout_p) is not float or dropout_p:
+        dropout_p = number(op, "dropout_p", dropout_p, "be in [0, 1)", 0, 1)
+    return scale, softcap, dropout_p
 
 
 def seed_for(query: Tensor, dropout_p: float) -> Tensor | None:
@@ -272,4 +273,6 @@ def int_argument(
     ):
         want = str(shape).replace("None", "any")
         check(False, op, name, f"have shape {want}", tuple(value.shape))
-    return value.to(torch.int32).contiguous()
+    if value.dtype == torch.int64:  # what int32 cannot hold stays out of range
+        value = value.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    return value.contiguous()

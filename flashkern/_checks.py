@@ -1,10 +1,15 @@
 """Argument checks: every message reads ``op: argument must X, got Y``."""
 
+import math
+import operator
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+FINITE = (-sys.float_info.max, math.inf)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,6 +30,31 @@ def check_dtype(op: str, argument: str, value: Tensor, allowed: Sequence[torch.d
     if value.dtype not in allowed:
         names = ", ".join(dtype_name(dtype) for dtype in allowed)
         raise TypeError(f"{op}: {argument} must have dtype {names}, got {dtype_name(value.dtype)}")
+
+
+def number(op: str, argument: str, value: Any, must: str, least: float, below: float) -> float:
+    """The value as a float, in [least, below); with the bounds FINITE any finite number.
+
+    Comparisons, where ``math.isfinite`` would do for numbers: torch.compile traces them through a
+    scale that is made of a symbolic size.
+    """
+    if not isinstance(value, int | float) and (
+        isinstance(value, Tensor) or not hasattr(value, "__float__")
+    ):
+        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
+    if not least <= value < below:
+        raise ValueError(f"{op}: {argument} must {must}, got {value}")
+    return float(value)
+
+
+def integer(op: str, argument: str, value: Any) -> int:
+    """The value, which must be an integer, a symbolic one included."""
+    if isinstance(value, int | torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {argument} must be an integer, got {value!r}") from None
 
 
 def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:

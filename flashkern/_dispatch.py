@@ -19,9 +19,23 @@ _is_grad_enabled = torch.is_grad_enabled
 _PLACE = re.compile(r"^\w+, \S+:\d+, ")  # of a check in the C++ sources, before its text
 
 
+# What torch's dispatcher says of an operator without a kernel; no check of ours looks at devices.
+_NO_KERNEL = re.compile(r"Could not run 'flashkern::(\w+)' with arguments from the '(\w+)' backend")
+
+
 def reworded(error: RuntimeError) -> RuntimeError:
-    """An adapter's error without the place in the sources that torch's checks put first."""
+    """An adapter's error without the place in the sources that torch's checks put first.
+
+    Where there is no kernel for the tensors, in place of the dispatcher's page an error of one line.
+    """
     text = _PLACE.sub("", str(error))
+    if missing := _NO_KERNEL.match(text):
+        op = missing[1].removesuffix("_backward").removesuffix("_forward")
+        op = "attention_kvcache" if op in ("attention_beams", "attention_append_kv") else op
+        return NotImplementedError(
+            f"{op}: tensors must be of a kind that this build has a kernel for, got {missing[2]} "
+            "(`python -m flashkern info` says what was built)"
+        )
     return error if type(error) is not RuntimeError or text == str(error) else RuntimeError(text)
 
 

@@ -19,6 +19,16 @@ torch.ops.load_library(str(LIBRARY))
 
 ops = torch.ops.flashkern
 
+FORCED_ISA = os.environ.get("FLASHKERN_CPU_ISA", "")
+if FORCED_ISA:  # asked here: the library itself would look at its first kernel, and end the process
+    try:
+        ops.cpu_isa(FORCED_ISA)
+    except RuntimeError:
+        raise ImportError(
+            "flashkern: FLASHKERN_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, one that "
+            f"this CPU and build have, got {FORCED_ISA!r}"
+        ) from None
+
 
 def has_kernel(name: str, device: str) -> bool:
     """Whether the loaded library runs the operator ``name`` on ``"cpu"`` or ``"cuda"`` tensors."""

@@ -82,6 +82,28 @@ def _attention(
     return _attention_facts(query, key, value, key.shape[2], band, options)
 
 
+@planner("attention_varlen")
+def _attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Lengths are values, which a plan does not read: every sequence counts as the longest."""
+    batch = cu_seqlens_q.shape[0] - 1
+    dense = [
+        t.new_empty(1).expand(batch, t.shape[1], most, t.shape[2])
+        for t, most in ((query, max_seqlen_q), (key, max_seqlen_k), (value, max_seqlen_k))
+    ]
+    plan = _attention(*dense, **options)
+    plan["why"] += f"; {batch} sequences, each counted as the longest"
+    return plan
+
+
 @planner("scaled_dot_product_attention")
 def _sdpa(
     query: Tensor,
@@ -161,6 +183,15 @@ def _lora_linear(
     }
 
 
+@planner("lora_linear_multi")
+def _lora_linear_multi(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, **_: Any
+) -> dict[str, Any]:
+    plan = _lora_linear(x, weight, lora_a, lora_b)
+    plan["why"] += f"; {lora_a.shape[0]} adapters, every row with one"
+    return plan
+
+
 def _processors(x: Tensor) -> int:
     """Multiprocessors of x's GPU; the emulator's, and an absent GPU's, are an A100's 108."""
     if not x.is_cuda or not torch.cuda.is_available():
@@ -210,6 +241,11 @@ _LORA_GPU_BASES = {
 @planner("beam_topk")
 def _beam_topk(logits: Tensor, beam_scores: Tensor, k: int, **_: Any) -> dict[str, Any]:
     half = logits.dtype in (torch.bfloat16, torch.float16)
+    if logits.dtype == torch.float64:
+        rows, size = logits.numel() // logits.shape[2], logits.element_size()
+        moved, flops = size * (logits.numel() + 2 * rows), 4.0 * logits.numel()
+        why = "float64 has no kernel of its own"
+        return {"kernel": "plain PyTorch", "why": why, "bytes": float(moved), "flops": flops}
     if logits.is_cuda or BACKEND:
         plan = _host.beam_topk_gpu_plan(*logits.shape, k, half, _processors(logits))
     else:

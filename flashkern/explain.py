@@ -25,6 +25,7 @@ class Plan:
         device: ``"cpu"``, ``"cuda"``, or ``"emulated"``: the CUDA kernels' sources on a CPU.
         isa: the CPU instruction set, or ``"sm_80"``: what the GPU kernels are written for.
         threads: of the CPU, how many would share the work; 0 on a GPU.
+        built: whether this build has the kernel.
         tile: block sizes, counts of tasks and whatever else the kernel's plan decides.
         flops: multiply-adds counted as two.
         bytes: each input read once, each output written once.
@@ -42,6 +43,7 @@ class Plan:
     bytes: float
     peak_flops: float | None
     peak_bytes: float | None
+    built: bool = True
     tile: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,14 +75,18 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        tile = ", ".join(f"{name} {value}" for name, value in self.tile.items())
+        cut = {name: value for name, value in self.tile.items() if name != "backward_flops"}
+        tile = ", ".join(f"{name} {value}" for name, value in cut.items())
         threads = f", {self.threads} threads" if self.threads else ""
+        absent = "" if self.built else ": no kernel in this build"
+        back = self.tile.get("backward_flops")
+        backward = f"; backward {back / 1e6:.4g} MFLOP" if back else ""
         return "\n".join(
             [
-                f"{self.operator}: {self.kernel} on {self.device}/{self.isa}{threads}",
+                f"{self.operator}: {self.kernel} on {self.device}/{self.isa}{threads}{absent}",
                 f"  why    {self.why}",
                 f"  tile   {tile}",
-                f"  work   {self.flops / 1e6:.4g} MFLOP, {self.bytes / 1e6:.4g} MB",
+                f"  work   {self.flops / 1e6:.4g} MFLOP, {self.bytes / 1e6:.4g} MB{backward}",
                 f"  limit  {self._limit_line()}",
             ]
         )
@@ -114,8 +120,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
     """Says which kernel a call would run and how near to the machine's limit it could come.
 
     Args:
-        op: attention, attention_kvcache, scaled_dot_product_attention, lora_linear, beam_topk, or
-            one of these names.
+        op: attention, attention_varlen, attention_kvcache, scaled_dot_product_attention,
+            lora_linear, lora_linear_multi, beam_topk, or one of these names.
         *args, **kwargs: the call's arguments, checked as the call would; nothing is computed.
             Fake tensors will do, such as those of a GPU that is not there.
 
@@ -124,6 +130,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
 
     Raises:
         ValueError: ``op`` is not one of these.
+        TypeError: float64 on a GPU, and whatever else the call would raise.
 
     Example:
         >>> import torch, flashkern as fk
@@ -144,11 +151,11 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
     mode = detect_fake_mode((args, kwargs)) or FakeTensorMode(allow_non_fake_inputs=True)
     with mode:  # the call's own checks, on shapes alone
         getattr(flashkern, name)(*args, **kwargs)
+    first = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    if first.is_cuda and first.dtype == torch.float64 and name != "beam_topk":
+        raise TypeError(f"{name}: tensors must not be float64 on a GPU, got {first.dtype}")
     facts = _PLANNERS[name](*args, **kwargs)
-    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in (*args, *kwargs.values()))
-    if on_gpu and not _ops.has_kernel("attention_forward", "cuda"):
-        facts["why"] = f"this build has no CUDA kernels; one that has: {facts['why']}"
-    device = "cuda" if on_gpu else _ops.BACKEND or "cpu"
+    device = "cuda" if first.is_cuda else _ops.BACKEND or "cpu"
     threads = torch.get_num_threads() if device == "cpu" else 0
     peak_flops = peak_bytes = None
     pairs = facts.pop("pairs", False)
@@ -165,5 +172,6 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Plan:
         bytes=facts.pop("bytes"),
         peak_flops=peak_flops,
         peak_bytes=peak_bytes,
+        built=device != "cuda" or _ops.has_kernel("attention_forward", "cuda"),
         tile=facts,
     )

@@ -124,20 +124,17 @@ def _general(
         check(False, _OP, "query, key and value", "broadcast in their leading dimensions", shapes)
     batch = math.prod(lead)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    query4, key4, value4 = (
-        _pad_head(t.reshape(batch, *t.shape[-3:])) for t in (query4, key4, value4)
-    )
+    query4, key4, value4 = (t.reshape(batch, *t.shape[-3:]) for t in (query4, key4, value4))
     shape = (*lead, heads, query.shape[-2], key.shape[-2])
     output = attention(
-        query4,
-        key4,
-        value4,
+        *map(_pad_head, (query4, key4, value4)),
         causal="top_left" if is_causal else False,
         bias=_flat_mask(mask, shape, batch),
         dropout_p=dropout_p,
         scale=head_dim**-0.5 if scale is None else scale,
     )
-    output = output.narrow(-1, 0, value_dim).reshape(*lead, heads, query.shape[-2], value_dim)
+    output = cut_head(output, value_dim, query4)
+    output = output.reshape(*lead, heads, query.shape[-2], value_dim)
     return output.reshape(output.shape[len(output.shape) - dims :]) if dims == 2 else output
 
 
@@ -156,6 +153,19 @@ def _pad_head(tensor: Tensor) -> Tensor:
     """The tensor with its last dimension padded by zeros to a multiple of 8."""
     missing = -tensor.shape[-1] % 8
     return pad(tensor, (0, missing)) if missing else args.contiguous_last(tensor)
+
+
+def cut_head(output: Tensor, value_dim: int, query: Tensor) -> Tensor:
+    """Without the padding of the last dimension, in memory of its own, laid out as query is.
+
+    Callers view torch's output as (batch, rows, heads * head_dim).
+    """
+    if output.shape[-1] == value_dim:
+        return output
+    output = output[..., :value_dim]
+    if query.stride(-3) < query.stride(-2):
+        return output.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return output.contiguous()
 
 
 def _flat_mask(mask: Tensor | None, shape: tuple[int, ...], batch: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,38 @@ def test_unknown_isa_is_refused() -> None:
         flashkern.cpu_isa("sse9")
 
 
-def test_isa_from_the_environment() -> None:
-    code = "import flashkern; print(flashkern.cpu_isa())"
-    python = [__import__("sys").executable, "-c", code]
+def with_isa(name: str, code: str) -> subprocess.CompletedProcess[str]:
     root = Path(flashkern.__file__).parent.parent
-    env = {"FLASHKERN_CPU_ISA": "portable", "PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(python, capture_output=True, text=True, env=env, check=True)
+    env = {"FLASHKERN_CPU_ISA": name, "PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"}
+    python = [sys.executable, "-c", code]
+    return subprocess.run(python, capture_output=True, text=True, env=env, cwd=root)
+
+
+def test_isa_from_the_environment() -> None:
+    done = with_isa("portable", "import flashkern; print(flashkern.cpu_isa())")
     assert done.stdout.strip() == "portable"
+
+
+@pytest.mark.parametrize("code", ["import flashkern", "import flashkern.__main__"])
+def test_a_wrong_isa_in_the_environment_is_an_error(code: str) -> None:
+    done = with_isa("avx9", code)
+    assert done.returncode == 1
+    assert "ImportError: flashkern: FLASHKERN_CPU_ISA must be portable, avx2" in done.stderr
+    assert done.stderr.rstrip().endswith("got 'avx9'")
+
+
+def test_info_names_a_build_without_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "cuda", "no: the torch at build time had no CUDA")
+    monkeypatch.setattr(_ops, "has_kernel", lambda name, device: device == "cpu")
+    for cuda in (None, "13.0"):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        __main__.main(["info"])
+        text = capsys.readouterr().out
+        reason = "the torch at build time had no CUDA"
+        assert f"built without CUDA kernels ({reason}); rebuild with FLASHKERN_CUDA=1" in text
+        assert ("hint       this torch has CUDA" in text) == (cuda is not None)
 
 
 def test_info_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_attention_on_a_gpu_that_is_not_there(options: dict[str, Any], form: str
     assert step.kernel == "few" and step.tile["splits"] == 4096 // step.tile["split_keys"]
     assert step.tile["blocks"] == 2 * 2 * step.tile["splits"]
     assert plan.peak_flops is None and plan.memory_seconds is None and plan.limit == "unknown"
-    assert "on cuda/sm_80\n" in str(plan) and "limit  unknown" in str(plan)
+    assert "on cuda/sm_80" in str(plan) and "limit  unknown" in str(plan)
 
 
 def test_attention_on_this_back_end(backend: str) -> None:
@@ -99,11 +99,14 @@ def test_fake_tensors_of_an_absent_gpu() -> None:
         plans = [
             fk.explain(fk.scaled_dot_product_attention, q, q, q),
             fk.explain(fk.lora_linear, x, weight, a, b),
+            fk.explain(fk.beam_topk, q, torch.empty(8, 256, device="cuda"), 4),
         ]
     has_kernels = _ops.has_kernel("attention_forward", "cuda")
     for plan in plans:
         assert plan.device == "cuda" and plan.peak_flops is None
-        assert ("this build has no CUDA kernels" in plan.why) != has_kernels
+        assert plan.built == has_kernels
+        headline = str(plan).splitlines()[0]
+        assert headline.endswith("on cuda/sm_80" + ": no kernel in this build" * (not has_kernels))
 
 
 def test_beams_that_share_keys() -> None:
@@ -118,3 +121,32 @@ def test_beams_that_share_keys() -> None:
     )  # fmt: skip
     assert "4 beams share a prompt's keys" in plan.why and plan.tile["rows"] == 8
     assert plan.flops == alone.flops + 2 * 8 * 4 * 500 * 64
+
+
+def test_float64_is_for_cpus_alone_but_in_beam_topk() -> None:
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 8, 64, device="cuda", dtype=torch.float64)
+        with pytest.raises(TypeError, match="attention: tensors must not be float64 on a GPU"):
+            fk.explain(fk.attention, q, q, q)
+    logits = torch.randn(1, 2, 8).double()
+    plan = fk.explain(fk.beam_topk, logits, logits[:, :, 0], 4)
+    assert plan.kernel == "plain PyTorch"
+
+
+def test_packed_sequences_and_many_adapters() -> None:
+    q, starts = torch.randn(12, 2, 64), torch.tensor([0, 5, 12])
+    plan = fk.explain(fk.attention_varlen, q, q, q, starts, starts, 7, 7, causal=True)
+    dense = torch.randn(2, 2, 7, 64)
+    assert plan.flops == fk.explain(fk.attention, dense, dense, dense, causal=True).flops
+    assert "2 sequences, each counted as the longest" in plan.why
+    x, w, ids = torch.randn(5, 64), torch.randn(32, 64), torch.zeros(5, dtype=torch.int64)
+    a, b = torch.randn(3, 8, 64), torch.randn(3, 32, 8)
+    plan = fk.explain(fk.lora_linear_multi, x, w, a, b, ids)
+    assert plan.flops == 2 * 5 * (64 * 32 + 8 * 96) and "3 adapters" in plan.why
+
+
+def test_the_backward_pass_stands_among_the_work() -> None:
+    q = torch.randn(1, 2, 64, 64)
+    _, _, tile, work, _ = str(fk.explain(fk.attention, q, q, q)).splitlines()
+    assert tile.startswith("  tile") and "backward" not in tile
+    assert work.startswith("  work") and work.endswith("; backward 5.243 MFLOP")

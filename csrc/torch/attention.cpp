@@ -79,10 +79,11 @@ void check_cu_seqlens(const char* name, const Tensor& t, int64_t batch, int64_t 
   STD_TORCH_CHECK(good, "attention: ", name, " must rise from 0 to the ", rows, " rows at most");
 }
 
+// The pages of the tokens that there are, and of those appended.
 void check_pages(const int32_t* table, int64_t row, int64_t batch, int64_t columns,
-                 const int32_t* lengths, int64_t page_size, int64_t pages) {
+                 const int32_t* lengths, int64_t page_size, int64_t pages, int64_t appended = 0) {
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t used = (lengths[b] + page_size - 1) / page_size;
+    const int64_t used = (lengths[b] + appended + page_size - 1) / page_size;
     STD_TORCH_CHECK(lengths[b] >= 0 && used <= columns,
                     "attention: kv_lengths must fit the pages of page_table");
     for (int64_t i = 0; i < used; ++i) {
@@ -169,13 +170,10 @@ void check_append(const attention::AppendParams& p) {
     STD_TORCH_CHECK(length >= 0 && length + p.rows <= p.capacity,
                     "attention: cache_lengths must leave room for ", p.rows, " of ", p.capacity,
                     " tokens, got ", length);
-    for (int64_t t = 0; p.page_table != nullptr && t < p.rows; ++t) {
-      const int32_t page = p.page_table[b * p.page_table_row + (length + t) / p.page_size];
-      STD_TORCH_CHECK(page >= 0 && page < p.pages,
-                      "attention: page_table must hold pages from 0 to ", p.pages - 1, ", got ",
-                      page);
-    }
   }
+  if (p.page_table == nullptr || p.rows == 0) return;
+  check_pages(p.page_table, p.page_table_row, p.batch, p.capacity / p.page_size, p.cache_lengths,
+              p.page_size, pages, p.rows);
 }
 
 // Rows of a packed tensor that no sequence holds attend to nothing. On a GPU they may be any.
@@ -294,7 +292,8 @@ std::tuple<Tensor, Tensor> attention_forward(
 }
 
 void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,
-                         OptionalTensor page_table) {
+                         OptionalTensor page_table, OptionalTensor beam_table,
+                         OptionalTensor shared_k, OptionalTensor shared_lengths) {
   check_matrix("k_cache", k_cache, k);
   check_matrix("v_cache", v_cache, k);
   check_matrix("k", k, k);
@@ -320,7 +319,10 @@ void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Ten
     capacity *= page_table->size(1);
   }
   p.capacity = capacity;
-  if (host_readable(k)) check_append(p);
+  if (host_readable(k)) {
+    check_append(p, k_cache.size(0));
+    check_beams(cache_lengths, p.rows, beam_table, shared_k, shared_lengths);
+  }
   if (p.rows == 0) return;
   if (on_gpu(k)) {
     if constexpr (kGpuKernels) gpu::attention_append(p, GpuScope(k).stream());

@@ -48,7 +48,15 @@ std::tuple<Tensor, Tensor> attention_beams(
     OptionalTensor shared_lengths, int64_t alignment, int64_t window_left, int64_t window_right,
     double scale, double softcap, double dropout_p);
 
+// Beams whose lengths, and `appended` tokens more, leave the table or their prompt's keys; on a
+// CPU.
+void check_beams(const Tensor& lengths, int64_t appended, const OptionalTensor& beam_table,
+                 const OptionalTensor& shared_k, const OptionalTensor& shared_lengths);
+
+// What would fail in the attention that follows must fail before the cache is written: hence the
+// beams' arguments.
 void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor cache_lengths,
-                         OptionalTensor page_table);
+                         OptionalTensor page_table, OptionalTensor beam_table,
+                         OptionalTensor shared_k, OptionalTensor shared_lengths);
 
 }  // namespace flashkern

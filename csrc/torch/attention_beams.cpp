@@ -16,19 +16,11 @@ void set_beam_table(ForwardParams& p, const Tensor& table) {
   p.beam_table_row = table.size(2);
   STD_TORCH_CHECK(p.kv_lengths != nullptr && table.size(0) * p.beams == p.batch,
                   "attention: beam_table must come with kv_lengths, and a row for each beam");
-  if (!host_readable(table)) return;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int32_t* row = p.beam_table + b * p.beam_table_row;
-    STD_TORCH_CHECK(p.kv_lengths[b] <= p.beam_table_row,
-                    "attention: beam_table must have a column for each token");
-    bool good = true;
-    for (int64_t t = 0; t < p.kv_lengths[b]; ++t) good &= row[t] >= 0 && row[t] < p.beams;
-    STD_TORCH_CHECK(good, "attention: beam_table must hold beams from 0 to ", p.beams - 1);
-  }
 }
 
-// A beam reads the rows, and the pages, of the others up to its own length.
-void check_lengths(const ForwardParams& p) {
+// A beam reads the rows, and the pages, of the others up to its own length. `appended`: tokens that
+// each will have beside those of kv_lengths.
+void check_values(const ForwardParams& p, int64_t appended) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t prompt = b / p.beams;
     const int64_t length = p.shared_lengths == nullptr ? 0 : p.shared_lengths[prompt];
@@ -36,6 +28,14 @@ void check_lengths(const ForwardParams& p) {
                     "attention: shared_lengths must lie in [0, ", p.shared_keys, "], got ", length);
     STD_TORCH_CHECK(p.kv_lengths[b] == p.kv_lengths[prompt * p.beams],
                     "attention: cache_lengths must be equal for all beams of a prompt");
+    if (p.beam_table == nullptr) continue;
+    const int64_t tokens = p.kv_lengths[b] + appended;
+    STD_TORCH_CHECK(tokens <= p.beam_table_row,
+                    "attention: beam_table must have a column for each token");
+    const int32_t* row = p.beam_table + b * p.beam_table_row;
+    bool good = true;
+    for (int64_t t = 0; t < tokens; ++t) good &= row[t] >= 0 && row[t] < p.beams;
+    STD_TORCH_CHECK(good, "attention: beam_table must hold beams from 0 to ", p.beams - 1);
   }
 }
 
@@ -62,6 +62,24 @@ void set_shared(ForwardParams& p, const Tensor& key, const Tensor& value,
 
 }  // namespace
 
+void check_beams(const Tensor& lengths, int64_t appended, const OptionalTensor& beam_table,
+                 const OptionalTensor& shared_k, const OptionalTensor& shared_lengths) {
+  if (!beam_table.has_value() && !shared_k.has_value()) return;
+  ForwardParams p;
+  p.batch = lengths.size(0);
+  p.kv_lengths = int32_data("cache_lengths", lengths);
+  if (beam_table.has_value()) set_beam_table(p, *beam_table);
+  if (shared_k.has_value()) {
+    const int64_t prompts = shared_k->size(0);
+    STD_TORCH_CHECK(prompts > 0 && p.batch % prompts == 0,
+                    "attention: shared_k must have a row for each prompt");
+    p.beams = p.batch / prompts;
+    p.shared_keys = shared_k->size(2);
+    p.shared_lengths = int32_data("shared_lengths", shared_lengths);
+  }
+  check_values(p, appended);
+}
+
 std::tuple<Tensor, Tensor> attention_beams(
     Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, Tensor kv_lengths, OptionalTensor page_table, OptionalTensor seed,
@@ -74,7 +92,7 @@ std::tuple<Tensor, Tensor> attention_beams(
                    seed, 0, 0, alignment, window_left, window_right, scale, softcap, dropout_p});
   if (beam_table.has_value()) set_beam_table(p, *beam_table);
   if (shared_k.has_value()) set_shared(p, *shared_k, *shared_v, shared_lengths, query);
-  if (host_readable(query)) check_lengths(p);
+  if (host_readable(query)) check_values(p, 0);
   return run_forward(p, query);
 }
 

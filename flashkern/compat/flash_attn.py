@@ -205,7 +205,7 @@ def flash_attn_varlen_func(
         The output, (Tq, H, Dv); with ``return_attn_probs`` (output, lse (H, Tq), None).
 
     Raises:
-        NotImplementedError: a backward pass where ``block_table`` is given.
+        NotImplementedError: a tensor that requires a gradient where ``block_table`` is given.
         ValueError: cu_seqlens that do not fit, and what attention_varlen refuses.
 
     Example:

@@ -38,6 +38,7 @@ from flashkern import _attention_args as args
 from flashkern._attention_ops import BACKWARD
 from flashkern._ops import has_kernel
 from flashkern.integrations._padding import LARGEST, cut_head_dim, pad_head_dim
+from flashkern.sdpa import cut_head
 
 __all__ = ["NAME", "disable", "enable", "reason_for_torch"]
 
@@ -112,8 +113,8 @@ def _attend(
         return_lse=return_lse,
     )
     if return_lse:
-        return cut_head_dim(result[0], value_dim), result[1]
-    return cut_head_dim(result, value_dim)
+        return cut_head(result[0], value_dim, query), result[1]
+    return cut_head(result, value_dim, query)
 
 
 def _gradients(

@@ -97,6 +97,33 @@ def test_sdpa_takes_what_torch_takes(backend: str, shape: tuple[int, ...], causa
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dims", [(20, 20), (36, 20), (24, 20), (100, 100)])
+def test_sdpa_lays_out_its_result_as_query_is(dims: tuple[int, int]) -> None:
+    """Callers view (batch, rows, heads, head_dim) as (batch, rows, heads * head_dim)."""
+    dim, value_dim = dims
+    q, v = torch.randn(2, 9, 4, dim), torch.randn(2, 9, 4, value_dim)
+    for layout in (lambda t: t.transpose(1, 2), lambda t: t.transpose(1, 2).contiguous()):
+        out = fk.scaled_dot_product_attention(layout(q), layout(q), layout(v))
+        assert out.stride() == layout(v).stride()
+        want = F.scaled_dot_product_attention(layout(q), layout(q), layout(v))
+        torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: fk.scaled_dot_product_attention(x, x, x),
+        lambda x: fk.attention(x[..., :16], x[..., :16], x[..., :16], scale=x.shape[-1] ** -0.5),
+    ],
+)
+def test_compile_with_a_scale_made_of_a_symbolic_size(call: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    for dim in (17, 21):
+        x = torch.randn(1, 2, 5, dim)
+        torch.testing.assert_close(compiled(x), call(x))
+
+
 BAD: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "query must be a tensor", lambda q, k, v: fk.attention([1], k, v)),
     (TypeError, "query must have dtype", lambda q, k, v: fk.attention(q.int(), k, v)),

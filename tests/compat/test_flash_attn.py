@@ -187,6 +187,5 @@ def test_what_is_not_there_is_refused() -> None:
     rows = torch.tensor([0, 1, 2]).int()
     with pytest.raises(ValueError, match="block_table must have 2 rows"):
         fa.flash_attn_varlen_func(packed, cache, cache, rows, starts, 1, 4, block_table=table[:1])
-    output = fa.flash_attn_varlen_func(packed, cache, cache, rows, starts, 1, 4, block_table=table)
     with pytest.raises(NotImplementedError, match="a paged cache has no backward pass"):
-        output.sum().backward()
+        fa.flash_attn_varlen_func(packed, cache, cache, rows, starts, 1, 4, block_table=table)

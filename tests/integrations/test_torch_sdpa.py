@@ -121,6 +121,15 @@ def test_head_dims(head_dim: int, value_dim: int, enabled: None, calls: list) ->
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("head_dim", [20, 36, 100])
+def test_results_are_laid_out_as_torchs(head_dim: int, enabled: None, calls: list) -> None:
+    query = draw(2, 9, 4, head_dim).transpose(1, 2)
+    got = F.scaled_dot_product_attention(query, query, query)
+    want = on_torch(lambda: F.scaled_dot_product_attention(query, query, query))
+    assert len(calls) == 1 and got.stride() == want.stride()
+    got.transpose(1, 2).view(2, 9, 4 * head_dim)
+
+
 def test_strided_and_expanded_tensors(enabled: None, calls: list, backend: str) -> None:
     query = draw(2, 9, 4, 16).transpose(1, 2)
     key = draw(2, 1, 16, 13).transpose(2, 3).expand(2, 4, 13, 16)
