@@ -173,7 +173,7 @@ void check_append(const attention::AppendParams& p) {
   }
   if (p.page_table == nullptr || p.rows == 0) return;
   check_pages(p.page_table, p.page_table_row, p.batch, p.capacity / p.page_size, p.cache_lengths,
-              p.page_size, pages, p.rows);
+              p.page_size, p.pages, p.rows);
 }
 
 // Rows of a packed tensor that no sequence holds attend to nothing. On a GPU they may be any.
@@ -320,7 +320,7 @@ void attention_append_kv(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Ten
   }
   p.capacity = capacity;
   if (host_readable(k)) {
-    check_append(p, k_cache.size(0));
+    check_append(p);
     check_beams(cache_lengths, p.rows, beam_table, shared_k, shared_lengths);
   }
   if (p.rows == 0) return;
