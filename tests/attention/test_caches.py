@@ -35,10 +35,10 @@ def test_varlen(backend: str, options: dict, dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sequences", [1, 5, 70])
+@pytest.mark.parametrize("sequences", [1, 5, 70, 300])
 @pytest.mark.parametrize("rows", [1, 40, 300])
 def test_varlen_of_any_number_of_sequences(backend: str, sequences: int, rows: int) -> None:
-    """One long sequence among short and empty ones, more of them than a warp has lanes."""
+    """One long sequence among short and empty ones, more of them than a warp counts."""
     lengths = [rows if i == sequences // 2 else i % 4 for i in range(sequences)]
     keys = [600 if i == sequences // 3 else 1 + i % 9 for i in range(sequences)]
     starts_q, starts_k = (
