@@ -264,10 +264,10 @@ def attention_kvcache(
         k_cache: (B, Hkv, T, D), or with ``page_table`` (pages, Hkv, page_size, D).
         v_cache: (B, Hkv, T, Dv), or with ``page_table`` (pages, Hkv, page_size, Dv).
         cache_lengths: (B,) integers. int32 saves a conversion.
-        k: (B, Hkv, Snew, D), keys to append; with ``v`` or not at all.
-        v: (B, Hkv, Snew, Dv), values to append.
+        k, v: (B, Hkv, Snew, D) and (B, Hkv, Snew, Dv) to append; both or neither.
         page_table: (B, pages of a sequence) integers: token t of sequence b lies in page
-            ``page_table[b, t // page_size]`` at ``t % page_size``.
+            ``page_table[b, t // page_size]`` at ``t % page_size``. On a GPU new tokens whose page
+            does not exist (-1, where a batch is padded) are dropped.
         beam_table: (prompts, beams, T) integers, B = prompts * beams: token t of beam i lies in the
             row of the prompt's beam ``beam_table[p, i, t]``, at t. Beam search then reorders this
             table, never the cache. Appended tokens go to each beam's own row. The beams of a prompt
@@ -288,8 +288,7 @@ def attention_kvcache(
         TypeError: a dtype, or something that is not a tensor.
         ValueError: a shape, a device or a number, or appended tensors that require gradients.
         RuntimeError: lengths that leave the cache, or pages or beams that do not exist. On a GPU
-            nothing waits to look: lengths end where the cache does, rows appended to such a page
-            (-1 in a padded batch) are dropped, and such a page or beam is read as another one.
+            nothing waits to look: lengths end with the cache, and another page or beam is read.
         NotImplementedError: dropout with ``shared_k``, or a gradient through beams.
 
     Example:
