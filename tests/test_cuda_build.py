@@ -61,7 +61,7 @@ BUDGETS = {
     r"forward<float, \d+, 0>": Budget(32, 8, FLOAT_ATTENTION),
     r"forward<float, (32|64|128), 1>": Budget(128, 2, FLOAT_ATTENTION),
     r"forward<float, 256, 1>": Budget(64, 4, FLOAT_ATTENTION),
-    r"merge<\w+>": Budget(128, 16, ("MUFU.EX2",)),
+    r"merge<\w+>": Budget(128, 8, ("MUFU.EX2", "LDG.E.128")),
     r"append": Budget(128, 16, ("LDG.E.128", "STG.E.128")),
     rf"backward<{HALF}, (32|256), \w+>": Budget(128, 2, ATTENTION, fragments=0.67, steady=True),
     rf"backward<{HALF}, (64|128), false>": Budget(128, 2, ATTENTION, fragments=0.43, steady=True),

@@ -41,7 +41,8 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
 
 py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q,
                             int64_t seq_k, int64_t head_dim, int64_t value_dim, bool float32,
-                            int64_t packed_q, int64_t packed_k, bool plain) {
+                            int64_t packed_q, int64_t packed_k, bool plain, int64_t beams,
+                            int64_t shared_keys) {
   const int32_t starts[1] = {};  // never read: the plan knows no lengths
   ForwardParams p;
   p.dtype = float32 ? flashkern::DType::kFloat32 : flashkern::DType::kBFloat16;
@@ -56,6 +57,9 @@ py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int6
   p.packed_q = packed_q;
   p.packed_k = packed_k;
   if (!plain) p.softcap = 1;  // or any other option that scores can have
+  p.beams = beams;
+  p.shared_keys = shared_keys;
+  if (shared_keys > 0) p.shared.key.data = starts;  // nor any key
   const sm80::ForwardPlan plan = sm80::plan_forward(p);
   py::dict out;
   const char* const forms[] = {"few", "narrow", "wide", "plain"};
@@ -69,6 +73,11 @@ py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int6
   out["split_keys"] = plan.split_keys;
   out["splits"] = plan.splits;
   out["workspace_bytes"] = plan.workspace_floats * static_cast<int64_t>(sizeof(float));
+  if (plan.joined) {
+    const sm80::ForwardPlan shared = sm80::plan_shared(shared_part(p), plan);
+    out["shared_splits"] = shared.splits;
+    out["shared_blocks"] = shared.blocks;
+  }
   return out;
 }
 
@@ -84,8 +93,10 @@ FK_HOST_BINDINGS(attention)(py::module_& m) {
   m.def("attention_gpu_plan", &attention_gpu_plan, py::arg("batch"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("seq_q"), py::arg("seq_k"), py::arg("head_dim"),
         py::arg("value_dim"), py::arg("float32") = false, py::arg("packed_q") = 0,
-        py::arg("packed_k") = 0, py::arg("plain") = true,
+        py::arg("packed_k") = 0, py::arg("plain") = true, py::arg("beams") = 1,
+        py::arg("shared_keys") = 0,
         "How the sm_80 forward kernel cuts an attention call: a dict. `packed_q`, `packed_k`: rows "
         "of the packed tensors of a ragged batch. `plain`: no option but a band. `splits` are the "
-        "most parts that the keys of a sequence are cut into.");
+        "most parts that the keys of a sequence are cut into. `beams` rows of the batch share the "
+        "`shared_keys` of a prompt, which have a launch of their own.");
 }

@@ -58,15 +58,10 @@ FK_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
-// 2^x within 2 ulp, log2(x) likewise; subnormals are zeros. 2^-inf = 0.
+// 2^x within 2 ulp; subnormals are zeros. 2^-inf = 0.
 FK_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-FK_DEVICE float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

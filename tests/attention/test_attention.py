@@ -183,16 +183,19 @@ def test_a_row_has_the_same_bits_among_any_others(backend: str, options: dict[st
     """Whatever number of rows picks the kernel's form, here in dense and in ragged batches."""
     if backend not in GPU:
         pytest.skip("CPU panels of other widths add in another order")
-    query, key, value = (t.detach() for t in draw((1, 1, 1, 140, 600), 64, torch.bfloat16))
+    query, key, value = (t.detach() for t in draw((1, 1, 1, 200, 600), 64, torch.bfloat16))
     whole = fk.attention(query, key, value, **options)
-    for rows in (65, 100):
+    for rows in (129, 150):
         some = fk.attention(query[:, :, :rows], key, value, **options)
         assert torch.equal(some, whole[:, :, :rows])
-    lengths = (10, 140, 40)
+    lengths = (10, 200, 100, 40)
     packed = torch.cat([query[0, :, :n] for n in lengths], 1).transpose(0, 1)
-    keys, values = (t[0].transpose(0, 1).repeat(3, 1, 1) for t in (key, value))
-    starts = [torch.tensor(s, dtype=torch.int32) for s in ([0, 10, 150, 190], [0, 600, 1200, 1800])]
-    ragged = fk.attention_varlen(packed, keys, values, *starts, 140, 600, **options)
+    keys, values = (t[0].transpose(0, 1).repeat(4, 1, 1) for t in (key, value))
+    starts = [
+        torch.tensor(s, dtype=torch.int32)
+        for s in ([0, 10, 210, 310, 350], [0, 600, 1200, 1800, 2400])
+    ]
+    ragged = fk.attention_varlen(packed, keys, values, *starts, 200, 600, **options)
     for n, rows in zip(lengths, ragged.split(lengths), strict=True):
         alone = fk.attention(query[:, :, :n], key, value, **options)
         assert torch.equal(rows.transpose(0, 1), alone[0])

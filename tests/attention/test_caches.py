@@ -35,10 +35,10 @@ def test_varlen(backend: str, options: dict, dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sequences", [1, 5, 70])
+@pytest.mark.parametrize("sequences", [1, 5, 70, 300])
 @pytest.mark.parametrize("rows", [1, 40, 300])
 def test_varlen_of_any_number_of_sequences(backend: str, sequences: int, rows: int) -> None:
-    """One long sequence among short and empty ones, more of them than a warp has lanes."""
+    """One long sequence among short and empty ones, more of them than a warp counts."""
     lengths = [rows if i == sequences // 2 else i % 4 for i in range(sequences)]
     keys = [600 if i == sequences // 3 else 1 + i % 9 for i in range(sequences)]
     starts_q, starts_k = (
@@ -263,3 +263,21 @@ def test_pages_give_the_bits_of_a_cache(
         for pool, cache in zip(pools, caches, strict=True):
             pool[table.flatten()] = cache.reshape(-1, 1, page_size, cache.shape[3])
         assert torch.equal(fk.attention_kvcache(query, *pools, page_table=table, **options), want)
+
+
+@pytest.mark.parametrize("value_dim", [8, 136])
+def test_many_parts_are_merged(backend: str, value_dim: int) -> None:
+    """As many parts of a long cache as need every lane more than once; a short one beside it."""
+    room = 70_000 if value_dim == 8 else 3000
+    query = torch.randn(2, 2, 1, 8).to(torch.bfloat16)
+    caches = [torch.randn(2, 1, room, dim).to(torch.bfloat16) for dim in (8, value_dim)]
+    lengths = torch.tensor([room - 1, 1500])
+    got = fk.attention_kvcache(query, *caches, cache_lengths=lengths, return_lse=True)
+    want = reference.attention_kvcache(
+        *(t.double() for t in (query, *caches)), cache_lengths=lengths
+    )  # fmt: skip
+    torch.testing.assert_close(got[0].double(), want[0], rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
+    alone = [t[1:, :, :2000] for t in caches]
+    again = fk.attention_kvcache(query[1:], *alone, cache_lengths=lengths[1:])
+    assert torch.equal(again, got[0][1:])

@@ -36,7 +36,20 @@ def test_decode_packs_the_group_and_splits_the_keys() -> None:
     assert cut["tile_rows"] == 16
     assert cut["splits"] == 16384 // cut["split_keys"]
     assert cut["blocks"] == 8 * cut["splits"]
-    assert cut["workspace_bytes"] == 8 * cut["splits"] * 4 * (128 + 2) * 4
+    assert cut["workspace_bytes"] == 8 * cut["splits"] * 4 * (128 + 4) * 4
+
+
+def test_a_chunk_of_decoding_is_split_too() -> None:
+    cut = plan(1, 32, 8, 32, 8192, 128)
+    assert cut["splits"] == 16 and cut["blocks"] == 8 * 16
+    assert plan(1, 32, 8, 33, 8192, 128)["splits"] == 1
+
+
+@pytest.mark.parametrize("beams", [1, 16, 100])
+def test_what_beams_share_is_split_for_any_number_of_them(beams: int) -> None:
+    cut = plan(2 * beams, 64, 8, 1, 100, 128, beams=beams, shared_keys=8192)
+    assert cut["splits"] == 1 and cut["shared_splits"] == 16
+    assert cut["shared_blocks"] == 2 * 8 * 16 * -(-8 * beams // 128)
 
 
 def test_splits_depend_on_the_sequence_alone() -> None:
@@ -50,6 +63,7 @@ def test_a_ragged_batch_has_room_for_both_kinds() -> None:
     assert cut["splits"] == 4096 // cut["split_keys"]
     tiles, splits = 1500 // cut["tile_rows"] + 30, 9000 // cut["split_keys"] + 30
     assert cut["blocks"] == 8 * (tiles + splits)
+    assert cut["workspace_bytes"] == 8 * splits * 128 * (64 + 4) * 4
     short = plan(30, 8, 8, 1000, 500, 64, packed_q=1500, packed_k=1500)
     assert short["splits"] == 1 and short["blocks"] == 8 * tiles
     even = plan(3, 8, 8, 1000, 500, 64, packed_q=3000, packed_k=1500)

@@ -101,7 +101,8 @@ class Block {
         if (w.whole_output) {
           write_output<T>(p_, plan_.rule.keep, w.sequence, shared_.rows[own], whole, sums_[m], r);
         } else {
-          float* part = part_of(p_, plan_, w.kv_head, w.split, shared_.rows[own], index);
+          float* part =
+              part_of(p_, plan_, w.sequence, w.kv_head, w.split, shared_.rows[own], index);
           write_part(p_, part, whole, sums_[m], r);
         }
       }
@@ -261,7 +262,8 @@ void launch_forward(const ForwardParams& p, const ForwardPlan& plan, GpuStream s
   launch_part<T, kDim>(p, plan, stream);
   if (plan.splits == 1 && !plan.joined) return;
   const int64_t rows = p.batch * p.kv_heads * plan.split_rows;
-  ptx::launch(merge<T>, {static_cast<unsigned>((rows + 3) / 4), 128}, stream, p, plan);
+  ptx::launch(merge<T>, {static_cast<unsigned>(rows), 32 * kMergeWarps, sizeof(MergeStorage)},
+              stream, p, plan);
 }
 
 // One source for each dtype, forward_*.cu.

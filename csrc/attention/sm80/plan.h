@@ -44,8 +44,10 @@ FK_HOST_DEVICE constexpr int form_rows(Form form, int row_bytes) {
 }
 
 // Sequences of up to so many query rows (a KV head's heads times their queries) have their keys
-// split: there are too few rows to fill a machine.
-inline constexpr int kSplitRows = 64;
+// split: a decoding step, or a chunk of 32 tokens for a group of 4 heads, is a tile or two of each
+// KV head, which fill no machine. Where beams share the keys, the rows of one of them count: all
+// of them together are a step too.
+inline constexpr int kSplitRows = 128;
 
 // Keys of one split: a multiple of every tile.
 FK_HOST_DEVICE constexpr int split_keys(int dim) { return dim > 128 ? 256 : 512; }
@@ -54,8 +56,10 @@ FK_HOST_DEVICE constexpr int split_keys(int dim) { return dim > 128 ? 256 : 512;
 struct SequenceCut {
   int rows, tiles, splits = 1;
 
-  FK_HOST_DEVICE SequenceCut(int64_t rows, int64_t keys, int tile_rows, int split_keys)
-      : rows(static_cast<int>(rows)), tiles((static_cast<int>(rows) + tile_rows - 1) / tile_rows) {
+  // `rows`: of each of the beams that share the keys.
+  FK_HOST_DEVICE SequenceCut(int64_t rows, int64_t beams, int64_t keys, int tile_rows,
+                             int split_keys)
+      : rows(static_cast<int>(rows * beams)), tiles((this->rows + tile_rows - 1) / tile_rows) {
     if (rows <= kSplitRows && keys > split_keys) {
       splits = (static_cast<int>(keys) + split_keys - 1) / split_keys;
     }
@@ -95,10 +99,20 @@ struct ForwardPlan {
   int splits = 1;           // at most, of any sequence
   bool parts_only = false;  // rows are never finished by a block: a merge follows
   bool joined = false;      // keys that beams share have been met by a launch before this one
-  int parts = 1;            // of a row in the workspace
-  int split_rows = 0;       // rows of a KV head in the workspace
+  int parts = 1;            // of a row in the workspace, at most
+  int split_rows = 0;       // rows of a part
+  int64_t head_parts = 0;   // of a KV head, of all its sequences
   int64_t workspace_floats = 0;
+
+  // Where the parts of a sequence start among those of a KV head. Those of a ragged batch have room
+  // for what its packed keys can be cut into: the longest of its sequences is no matter.
+  FK_HOST_DEVICE int64_t first_part(const Problem& p, int64_t batch, int64_t k_start) const {
+    return p.cu_seqlens_q == nullptr ? batch * parts : k_start / split_keys + batch;
+  }
 };
+
+// Floats of one row of a part: value_dim sums, the maximum, the sum; and a multiple of 16 bytes.
+FK_HOST_DEVICE inline int64_t part_floats(const Problem& p) { return p.value_dim + 4; }
 
 // What a block keeps beside its tiles: its work and, of each row, what scores ask of it.
 inline constexpr int kWorkBytes = 128, kRowBytes = 64;
@@ -127,13 +141,13 @@ inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_b
 // whole tiles and one more for each sequence; and the splits of those sequences that have few rows.
 // work.h says which block does what.
 inline int count_blocks(const Problem& p, ForwardPlan& plan) {
-  const int64_t rows = p.packed_rows() * p.seq_q;
-  const SequenceCut whole(rows, p.seq_k, plan.tile_rows, plan.split_keys);
+  const int64_t rows = p.group() * p.seq_q;
+  const SequenceCut whole(rows, p.row_beams, p.seq_k, plan.tile_rows, plan.split_keys);
   if (p.cu_seqlens_q == nullptr) {
     plan.splits = whole.splits;
     return plan.most_blocks = whole.blocks();
   }
-  const SequenceCut few(plan.split_rows, p.seq_k, plan.tile_rows, plan.split_keys);
+  const SequenceCut few(plan.split_rows, 1, p.seq_k, plan.tile_rows, plan.split_keys);
   plan.splits = few.splits;
   plan.most_blocks = std::max(whole.tiles, few.blocks());
   int64_t blocks = p.group() * p.packed_q / plan.tile_rows + p.batch;
@@ -168,7 +182,7 @@ inline ForwardPlan plan_keys(const Problem& p) {
 // Parts of a row that are of keys which its beams share: the first of its parts.
 FK_HOST_DEVICE inline int shared_parts(const Problem& p, int64_t q_length, int64_t keys,
                                        int split_keys) {
-  return SequenceCut(p.group() * p.beams * q_length, keys, 1, split_keys).splits;
+  return SequenceCut(p.group() * q_length, p.beams, keys, 1, split_keys).splits;
 }
 
 inline ForwardPlan plan_forward(const ForwardParams& p) {
@@ -181,7 +195,8 @@ inline ForwardPlan plan_forward(const ForwardParams& p) {
     plan.split_rows = static_cast<int>(p.group() * p.seq_q);
   }
   if (plan.parts > 1) {
-    plan.workspace_floats = p.batch * p.kv_heads * plan.parts * plan.split_rows * (p.value_dim + 2);
+    plan.head_parts = plan.first_part(p, p.batch, p.packed_k);
+    plan.workspace_floats = p.kv_heads * plan.head_parts * plan.split_rows * part_floats(p);
   }
   return plan;
 }
@@ -191,6 +206,7 @@ inline ForwardPlan plan_shared(const ForwardParams& shared, const ForwardPlan& w
   ForwardPlan plan = plan_keys(shared);
   plan.parts_only = true;
   plan.parts = whole.parts;
+  plan.head_parts = whole.head_parts;
   plan.split_rows = whole.split_rows;
   return plan;
 }

@@ -50,21 +50,21 @@ FK_DEVICE void for_each_pair(const float (&sums)[N][4], int r, int value_dim, St
   }
 }
 
-// A part of one row: value_dim sums, the maximum, the sum.
-FK_DEVICE float* part_at(const ForwardParams& p, const ForwardPlan& plan, int batch, int kv_head,
-                         int part, int row) {
-  const int64_t head = batch * p.kv_heads + kv_head;
-  return p.workspace + ((head * plan.parts + part) * plan.split_rows + row) * (p.value_dim + 2);
+// A part of one row; the next part of it lies split_rows rows further on.
+FK_DEVICE float* part_at(const ForwardParams& p, const ForwardPlan& plan, int64_t batch,
+                         int64_t k_start, int kv_head, int part, int row) {
+  const int64_t parts = kv_head * plan.head_parts + plan.first_part(p, batch, k_start) + part;
+  return p.workspace + (parts * plan.split_rows + row) * part_floats(p);
 }
 
 // That of row `index` of a block, which may be a row of a set of beams.
-FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, int kv_head, int split,
-                         const Row& row, int index) {
+FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, const Sequence& s,
+                         int kv_head, int split, const Row& row, int index) {
   if (p.row_beams > 1) {
     const int group = static_cast<int>(p.group());
     index = row.query * group + row.head % group;
   }
-  return part_at(p, plan, row.batch, kv_head, split, index);
+  return part_at(p, plan, row.batch, s.k_start, kv_head, split, index);
 }
 
 template <class T, int N>
@@ -87,46 +87,97 @@ FK_DEVICE void write_part(const ForwardParams& p, float* part, const RowState<fl
   store_pair(part + p.value_dim, state.maximum, state.sum);
 }
 
-// One warp for each row of the workspace. Sequences whose keys were not split are done already.
-template <class T>
-__global__ void __launch_bounds__(128, 16)
-    merge(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan) {
-  const int64_t index = int64_t{blockIdx.x} * 4 + ptx::warp_id();
-  const int row = static_cast<int>(index % plan.split_rows);
-  const int64_t head_index = index / plan.split_rows;
-  const int kv_head = static_cast<int>(head_index % p.kv_heads);
-  const int batch = static_cast<int>(head_index / p.kv_heads);
-  if (batch >= p.batch) return;
-  const Sequence s = sequence_of(p, batch);
-  const SequenceCut cut(p.group() * s.q_length, s.k_length, plan.tile_rows, plan.split_keys);
-  if (row >= cut.rows || (cut.splits == 1 && !plan.joined)) return;
-  int parts = cut.splits;
-  if (plan.joined) parts += shared_parts(p, s.q_length, s.earlier, plan.split_keys);
+// The parts of one row.
+struct Parts {
+  const float* first;
+  int64_t step;
+  int count, value_dim;
 
-  RowState<float> state;
-  for (int i = 0; i < parts; ++i) {
-    const float* part = part_at(p, plan, batch, kv_head, i, row);
-    state.maximum = fmaxf(state.maximum, part[p.value_dim]);
+  FK_DEVICE const float* operator()(int i) const { return first + i * step; }
+  FK_DEVICE float maximum(int i) const { return (*this)(i)[value_dim]; }
+  FK_DEVICE float sum(int i) const { return (*this)(i)[value_dim + 1]; }
+};
+
+// Of all its parts, by a whole warp.
+FK_DEVICE RowState<float> state_of(const Parts& parts) {
+  RowState<float> whole;
+  const int lane = static_cast<int>(ptx::lane_id());
+  for (int i = lane; i < parts.count; i += 32)
+    whole.maximum = fmaxf(whole.maximum, parts.maximum(i));
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    whole.maximum = fmaxf(whole.maximum, __shfl_xor_sync(ptx::kAllLanes, whole.maximum, lanes));
   }
-  const float base = exponent_base(state.maximum);
-  for (int i = 0; i < parts; ++i) {
-    const float* part = part_at(p, plan, batch, kv_head, i, row);
-    state.sum += part[p.value_dim + 1] * ptx::fast_exp2(part[p.value_dim] - base);
+  const float base = exponent_base(whole.maximum);
+  for (int i = lane; i < parts.count; i += 32) {
+    whole.sum += parts.sum(i) * ptx::fast_exp2(parts.maximum(i) - base);
   }
-  const int group = static_cast<int>(p.group());
-  const int query = row / group, head = kv_head * group + row % group;
-  const float factor = finish(p, plan.rule.keep, s, query, head, state, ptx::lane_id() == 0);
-  T* to = output_row<T>(p, s, query, head);
-  for (int column = 2 * ptx::lane_id(); column < p.value_dim; column += 64) {
-    float x = 0, y = 0;
-    for (int i = 0; i < parts && factor != 0; ++i) {
-      const float* part = part_at(p, plan, batch, kv_head, i, row);
-      const float weight = ptx::fast_exp2(part[p.value_dim] - base);
-      x += part[column] * weight;
-      y += part[column + 1] * weight;
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    whole.sum += __shfl_xor_sync(ptx::kAllLanes, whole.sum, lanes);
+  }
+  return whole;
+}
+
+// The weighted sum of parts [begin, end), four columns a lane from `column` on, by a whole warp: a
+// lane has the weight of a part, and many loads are under way at once.
+FK_DEVICE float4 sum_of(const Parts& parts, int begin, int end, float base, int column) {
+  float4 sum = {};
+  const int lane = static_cast<int>(ptx::lane_id());
+  for (int first = begin; first < end; first += 32) {
+    const int count = min(end - first, 32);
+    const float weight = lane < count ? ptx::fast_exp2(parts.maximum(first + lane) - base) : 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const float factor = __shfl_sync(ptx::kAllLanes, weight, i);
+      if (column >= parts.value_dim) continue;
+      const float4 x = *reinterpret_cast<const float4*>(parts(first + i) + column);
+      sum.x += x.x * factor, sum.y += x.y * factor;
+      sum.z += x.z * factor, sum.w += x.w * factor;
     }
-    store_pair(to + column, x * factor, y * factor);
   }
+  return sum;
+}
+
+inline constexpr int kMergeWarps = 4;
+struct MergeStorage {
+  alignas(16) float sums[kMergeWarps][256];  // by column
+};
+
+// A block for each row of the workspace. Each warp has an equal share of the row's parts, and the
+// shares are added in their order: what a row gets depends on the number of its parts alone.
+// Sequences whose keys were not split are done already.
+template <class T>
+__global__ void __launch_bounds__(32 * kMergeWarps, 8)
+    merge(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardPlan plan) {
+  const int row = static_cast<int>(blockIdx.x % plan.split_rows);
+  const int head_index = static_cast<int>(blockIdx.x / plan.split_rows);
+  const int kv_heads = static_cast<int>(p.kv_heads), kv_head = head_index % kv_heads;
+  const Sequence s = sequence_of(p, head_index / kv_heads);
+  const SequenceCut cut(p.group() * s.q_length, 1, s.k_length, plan.tile_rows, plan.split_keys);
+  if (row >= cut.rows || (cut.splits == 1 && !plan.joined)) return;
+  int count = cut.splits;
+  if (plan.joined) count += shared_parts(p, s.q_length, s.earlier, plan.split_keys);
+  const Parts parts{part_at(p, plan, s.batch, s.k_start, kv_head, 0, row),
+                    plan.split_rows * part_floats(p), count, static_cast<int>(p.value_dim)};
+
+  auto& shared = ptx::shared_storage<MergeStorage>();
+  const RowState<float> state = state_of(parts);
+  const int warp = static_cast<int>(ptx::warp_id()), share = (count - 1) / kMergeWarps + 1;
+  const int begin = min(warp * share, count), end = min(begin + share, count);
+  for (int first = 0; first < parts.value_dim; first += 128) {
+    const int column = first + 4 * static_cast<int>(ptx::lane_id());
+    const float4 sum = sum_of(parts, begin, end, exponent_base(state.maximum), column);
+    *reinterpret_cast<float4*>(shared.sums[warp] + column) = sum;
+  }
+  __syncthreads();
+  const int column = 2 * static_cast<int>(threadIdx.x), group = static_cast<int>(p.group());
+  const int query = row / group, head = kv_head * group + row % group;
+  const float factor = finish(p, plan.rule.keep, s, query, head, state, threadIdx.x == 0);
+  if (column >= parts.value_dim) return;
+  float x = 0, y = 0;
+  for (const auto& sums : shared.sums) x += sums[column], y += sums[column + 1];
+  const bool nothing = factor == 0;  // and the sums may be NaN for all that
+  store_pair(output_row<T>(p, s, query, head) + column, nothing ? 0.0f : x * factor,
+             nothing ? 0.0f : y * factor);
 }
 
 }  // namespace flashkern::attention::sm80

@@ -33,15 +33,19 @@ struct Place {
 };
 
 FK_DEVICE SequenceCut cut_of(const Problem& p, const Sequence& s, int tile_rows, int split_keys) {
-  return SequenceCut(p.packed_rows() * s.q_length, s.k_length, tile_rows, split_keys);
+  return SequenceCut(p.group() * s.q_length, p.row_beams, s.k_length, tile_rows, split_keys);
 }
 
-// By a whole warp, a sequence for each lane. Blocks are in descending order of their item, those of
-// one item in that of their sequences.
+// By a whole warp, a sequence for each lane, whose blocks it counts once where the batch is no more
+// than kKept of them. Blocks are in descending order of their item, those of one item in that of
+// their sequences.
 class RaggedOrder {
  public:
   FK_DEVICE RaggedOrder(const Problem& p, int tile_rows, int split_keys)
-      : p_(p), tile_rows_(tile_rows), split_keys_(split_keys) {}
+      : p_(p), tile_rows_(tile_rows), split_keys_(split_keys) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) kept_[i] = 32 * i < p.batch ? items_of(32 * i) : 0;
+  }
 
   FK_DEVICE Place find(int block, int most_items) const {
     int item = 0, above = most_items;  // blocks_from(above) <= block < blocks_from(item)
@@ -59,6 +63,8 @@ class RaggedOrder {
   }
 
  private:
+  static constexpr int kKept = 8;  // of a lane
+
   // Of sequence first + lane.
   FK_DEVICE int items_of(int first) const {
     const int b = first + static_cast<int>(ptx::lane_id());
@@ -68,7 +74,11 @@ class RaggedOrder {
   // Blocks whose item is at least `item`.
   FK_DEVICE int blocks_from(int item) const {
     int blocks = 0;
-    for (int first = 0; first < p_.batch; first += 32) blocks += max(items_of(first) - item, 0);
+#pragma unroll
+    for (int kept : kept_) blocks += max(kept - item, 0);
+    for (int first = 32 * kKept; first < p_.batch; first += 32) {
+      blocks += max(items_of(first) - item, 0);
+    }
     return __reduce_add_sync(ptx::kAllLanes, blocks);
   }
 
@@ -79,6 +89,7 @@ class RaggedOrder {
 
   const Problem& p_;
   int tile_rows_, split_keys_;
+  int kept_[kKept];
 };
 
 // By a whole warp.

@@ -54,6 +54,5 @@ inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.
 }  // namespace detail
 
 inline float fast_exp2(float x) { return detail::flush(std::exp2(detail::flush(x))); }
-inline float fast_log2(float x) { return std::log2(detail::flush(x)); }
 
 }  // namespace flashkern::ptx
