@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashkern._attention_ops import sums_dtype
-from flashkern._checks import FINITE, FLOATS, check, check_dtype, check_tensor, number
+from flashkern._checks import FINITE, FLOATS, check, check_dense, check_dtype, check_tensor, number
 from flashkern.random import draw_seed
 
 Window = tuple[int | None, int | None] | None
@@ -45,6 +45,7 @@ def contiguous_last(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
+    check_dense("attention", "query, key or value", tensor)
     return tensor.contiguous()
 
 
@@ -83,18 +84,23 @@ def check_matrices(
     op: str, names: str, query: Tensor, key: Tensor, value: Tensor, dims: int, layout: str
 ) -> None:
     """Checks query, key and value, whose `names` the caller knows, against one another."""
-    if _fit(query, key, value, dims):
-        return
+    try:
+        if _fit(query, key, value, dims):
+            return
+    except (RuntimeError, AttributeError):  # of a nested tensor, which has no shape
+        pass
     q_name, k_name, v_name = names.split()
     for name, tensor in ((q_name, query), (k_name, key), (v_name, value)):
-        check_tensor(op, name, tensor)
+        check_dense(op, name, tensor)
         if tensor.dim() != dims:
             check(False, op, name, f"have {dims} dimensions, {layout}", tuple(tensor.shape))
     check_dtype(op, q_name, query, FLOATS)
     for name, tensor in ((k_name, key), (v_name, value)):
         if tensor.dtype != query.dtype:
+            cast = " (autocast's)" if torch.is_autocast_enabled(query.device.type) else ""
             raise TypeError(
-                f"{op}: {name} must have the dtype of {q_name}, {query.dtype}, got {tensor.dtype}"
+                f"{op}: {name} must have the dtype of {q_name}, {query.dtype}{cast}, "
+                f"got {tensor.dtype}"
             )
         if tensor.device != query.device:
             check(False, op, name, f"be on {q_name}'s device, {query.device}", tensor.device)

@@ -26,7 +26,7 @@ _NO_KERNEL = re.compile(r"Could not run 'flashkern::(\w+)' with arguments from t
 def reworded(error: RuntimeError) -> RuntimeError:
     """An adapter's error without the place in the sources that torch's checks put first.
 
-    Where there is no kernel for the tensors, an error of one line, no page of the dispatcher.
+    Where there is no kernel for the tensors, one line in place of the dispatcher's page.
     """
     text = _PLACE.sub("", str(error))
     if missing := _NO_KERNEL.match(text):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,18 +138,23 @@ class Trie:
         edges = len(self.tokens)
         return f"Trie({len(self)} nodes, {edges} edges, at most {self.max_degree} of a node)"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A saved trie is checked when it is loaded, which ``torch.load`` does without more."""
+        return Trie, (self.starts, self.tokens, self.children)
+
     def to(self, device: torch.device | str) -> Trie:
         """The same trie on another device."""
-        moved = copy.copy(self)
-        for name in ("starts", "tokens", "children", "_keys"):
-            setattr(moved, name, getattr(self, name).to(device))
+        moved = object.__new__(Trie)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
         return moved
 
     def advance(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """The nodes that ``tokens`` lead to from ``nodes``; -1 where no such edge is.
 
         Args:
-            nodes: integers, -1 for none; any shape.
+            nodes: integers, -1 for none; any shape. From one that is none of the trie's, no edge
+                leads anywhere.
             tokens: integers, -1 for none; a shape that broadcasts with it.
 
         Returns:
@@ -161,6 +166,8 @@ class Trie:
             >>> trie.advance(torch.tensor([0, 0, 1, -1]), torch.tensor([7, 1, 1, 5]))
             tensor([ 2, -1,  3, -1])
         """
+        check_dtype("Trie", "nodes", nodes, INTEGERS)
+        check_dtype("Trie", "tokens", tokens, INTEGERS)
         inside = (tokens >= 0) & (tokens < self.vocab_size)
         wanted = torch.where(inside, nodes.long() * self.vocab_size + tokens, -1)
         if not len(self._keys):
@@ -170,15 +177,19 @@ class Trie:
         return torch.where(found, self.children[edge].long(), -1)
 
     def is_leaf(self, nodes: Tensor) -> Tensor:
-        """Whether a sequence ends at each of ``nodes``: bool. -1, which is no node, is no leaf.
+        """Whether a sequence ends at each of ``nodes``: bool. What is no node, as -1, is no leaf.
 
         Example:
             >>> import torch, flashkern as fk
             >>> fk.Trie.from_sequences([[5, 1]]).is_leaf(torch.tensor([0, 1, 2, -1]))
             tensor([False, False,  True, False])
         """
-        at = nodes.long().clamp(min=0)
-        return (self.starts[at] == self.starts[at + 1]) & (nodes >= 0)
+        check_dtype("Trie", "nodes", nodes, INTEGERS)
+        at = nodes.long().clamp(0, len(self) - 1)
+        return (self.starts[at] == self.starts[at + 1]) & (nodes == at)
+
+
+torch.serialization.add_safe_globals([Trie])
 
 
 def _flatten(sequences: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -189,8 +200,12 @@ def _flatten(sequences: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tenso
         values, (count, length) = sequences.flatten(), sequences.shape
         lengths = torch.full((count,), length, device=values.device)
     else:
-        values = torch.tensor(list(chain.from_iterable(sequences)))
-        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        try:
+            values = torch.tensor(list(chain.from_iterable(sequences)))
+            lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        except (TypeError, ValueError):
+            must = "be an (n, length) tensor or a list of lists of integers"
+            raise TypeError(f"Trie: sequences must {must}, got {sequences!r:.50}") from None
         values = values if len(values) else values.long()
     check_dtype("Trie", "sequences", values, INTEGERS)
     return values.long(), lengths

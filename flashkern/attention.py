@@ -18,7 +18,7 @@ from flashkern import _attention_args as args
 from flashkern._attention_args import Window
 from flashkern._attention_kvcache import attention_kvcache
 from flashkern._attention_ops import forward
-from flashkern._checks import check, check_tensor, integer
+from flashkern._checks import FLOATS, check, check_dtype, check_tensor, integer
 
 __all__ = ["attention", "attention_kvcache", "attention_varlen", "merge_attention"]
 
@@ -217,11 +217,14 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
     for name, tensors in (("outputs", outputs), ("lses", lses)):
         for t in tensors:
             check_tensor(op, name, t)
+            check_dtype(op, name, t, FLOATS)
             if t.shape != tensors[0].shape:
                 must = f"have the same shape, {tuple(tensors[0].shape)}"
                 check(False, op, name, must, tuple(t.shape))
     if outputs[0].shape[:-1] != lses[0].shape:
-        must = f"have the shape of outputs without the last dimension, {tuple(outputs[0].shape)}"
+        must = (
+            f"have the shape of outputs but for the last dimension, {tuple(outputs[0].shape[:-1])}"
+        )
         check(False, op, "lses", must, tuple(lses[0].shape))
     stacked = torch.stack(lses)
     # A row that is empty in every part stays out of the logsumexp, whose gradient there is NaN.

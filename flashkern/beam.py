@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from flashkern import _ops, reference
-from flashkern._checks import FLOATS, check, check_device, check_dtype, check_tensor
+from flashkern._checks import (
+    FLOATS,
+    check,
+    check_dense,
+    check_device,
+    check_dtype,
+    check_range,
+    check_tensor,
+    integer,
+)
 from flashkern._dispatch import register_autograd
 from flashkern._tree import draw
 from flashkern._trie import INTEGERS, Trie
@@ -112,9 +121,12 @@ def beam_topk(
     if excluded is not None or trie is not None or nodes is not None:
         _check_constraints(logits, excluded, trie, nodes)
     if logits.dtype == torch.float64:
+        check_range("beam_topk", "excluded", excluded, logits.shape[2])
+        check_range("beam_topk", "nodes", nodes, len(trie) if trie is not None else 0)
         options: dict[str, Any] = {"excluded": excluded, "trie": trie, "nodes": nodes}
         return BeamTopK(*reference.beam_topk(logits, beam_scores, k, logsumexp, **options))
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        check_dense("beam_topk", "logits", logits)
         logits = logits.contiguous()
     given = None if logsumexp is None else logsumexp.contiguous()
     without = None if excluded is None else excluded.contiguous()
@@ -139,6 +151,7 @@ def _fit(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None) 
         and beam_scores.dtype is torch.float32
         and logits.is_cpu
         and beam_scores.is_cpu
+        and isinstance(k, int)
         and 1 <= k <= shape[1] * shape[2] < 2**32
     )
 
@@ -147,8 +160,9 @@ def _check(logits: Tensor, beam_scores: Tensor, k: int, logsumexp: Tensor | None
     if _fit(logits, beam_scores, k, logsumexp):
         return
     op = "beam_topk"
-    check_tensor(op, "logits", logits)
-    check_tensor(op, "beam_scores", beam_scores)
+    check_dense(op, "logits", logits)
+    check_dense(op, "beam_scores", beam_scores)
+    integer(op, "k", k)
     check_dtype(op, "logits", logits, FLOATS)
     check(logits.dim() == 3, op, "logits", "have shape (B, beams, V)", tuple(logits.shape))
     score_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -366,6 +380,9 @@ def _correction(own: Tensor, joint: Tensor) -> Tensor:
 
 def _check_parts(parts: Sequence[BeamTopK], offsets: Sequence[int] | None) -> None:
     op = "merge_topk"
+    for part in parts:
+        if not isinstance(part, BeamTopK):
+            raise TypeError(f"{op}: parts must hold BeamTopK, got {type(part).__name__}")
     check(len(parts) > 0, op, "parts", "hold one BeamTopK for each shard", "none")
     shape = parts[0].logsumexp.shape
     for part in parts:

@@ -128,13 +128,10 @@ def lora_linear_multi(
     check_dtype(op, "adapter_ids", adapter_ids, integers)
     check_device(op, "adapter_ids", adapter_ids, x)
     leading = x.shape[:-1]
-    check(
-        adapter_ids.shape == leading or adapter_ids.shape == (leading.numel(),),
-        op,
-        "adapter_ids",
-        f"have shape {tuple(leading)} or ({leading.numel()},)",
-        tuple(adapter_ids.shape),
-    )
+    if adapter_ids.shape != leading and adapter_ids.shape != (leading.numel(),):
+        flat = "" if len(leading) == 1 else f" or ({leading.numel()},)"
+        must = f"have shape {tuple(leading)}{flat}"
+        check(False, op, "adapter_ids", must, tuple(adapter_ids.shape))
     adapters = lora_a.shape[0]
     if isinstance(scaling, Tensor):
         check(
@@ -188,7 +185,7 @@ def _check(
     if weight.dtype is not dtype:
         check_dtype(op, "weight", weight, (dtype,))
     if adapter is not dtype and (adapter is not torch.float32 or dtype is torch.float64):
-        both = (dtype,) if dtype is torch.float64 else (torch.float32, dtype)
+        both = (dtype,) if dtype in (torch.float32, torch.float64) else (torch.float32, dtype)
         check_dtype(op, "lora_a", lora_a, both)
     if lora_b.dtype is not adapter:
         check_dtype(op, "lora_b", lora_b, (adapter,))

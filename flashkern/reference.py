@@ -33,7 +33,8 @@ def attention(
     """The output and lse of :func:`flashkern.attention`.
 
     ``keep`` is the dropout mask (:func:`flashkern.random.attention_keep_mask`). ``own_length`` ends
-    the diagonal at kv_lengths, as attention_kvcache and attention_varlen do.
+    the diagonal at kv_lengths, as attention_kvcache and attention_varlen do. Weights are
+    exp(score - lse): of a row whose scores are all near -1e9, only float64 holds the lse.
     """
     batch, heads, rows, head_dim = query.shape
     columns = key.shape[2]

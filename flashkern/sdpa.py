@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flashkern import _attention_args as args
-from flashkern._checks import FLOATS, check, check_dtype, check_tensor
+from flashkern._checks import FLOATS, check, check_dtype, check_tensor, renamed
 from flashkern.attention import attention
 
 _OP = "scaled_dot_product_attention"
@@ -35,7 +35,8 @@ def scaled_dot_product_attention(
         key: (..., H, S, E), or with ``enable_gqa`` (..., Hkv, S, E) with Hkv dividing H.
         value: (..., H, S, Ev), or with ``enable_gqa`` (..., Hkv, S, Ev).
         attn_mask: bool (True: attend) or float (added), broadcastable to (..., H, L, S).
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight, in [0, 1): torch takes 1 as well,
+            which leaves nothing.
         is_causal: row i sees keys 0 to i. Not together with ``attn_mask``.
         scale: factor of the scores; ``E ** -0.5`` when None.
         enable_gqa: query heads may share key and value heads.
@@ -59,11 +60,17 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         check(False, _OP, "attn_mask", "be None when is_causal is set", "both")
     if not _plain(query, key, value, attn_mask, enable_gqa):
-        return _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        try:
+            return _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        except Exception as error:
+            raise renamed(error, _OP, {"bias": "attn_mask"}) from None
     causal = "top_left" if is_causal else False
-    return attention(
-        query, key, value, causal=causal, bias=attn_mask, dropout_p=dropout_p, scale=scale
-    )
+    try:
+        return attention(
+            query, key, value, causal=causal, bias=attn_mask, dropout_p=dropout_p, scale=scale
+        )
+    except Exception as error:
+        raise renamed(error, _OP, {"bias": "attn_mask"}) from None
 
 
 def _plain(
@@ -81,7 +88,7 @@ def _plain(
         and (enable_gqa or q[1] == k[1])
         and q[3] % 8 == 0
         and v[3] % 8 == 0
-        and (mask is None or mask.dim() <= 4)
+        and (mask is None or (isinstance(mask, Tensor) and mask.dim() <= 4))
     )
 
 
@@ -103,6 +110,8 @@ def _general(
     """Any layout that torch takes, brought to four dimensions."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_dtype(_OP, name, tensor, FLOATS)
+        most, have = args.MAX_HEAD_DIM, tensor.shape[-1] if tensor.dim() else 0
+        check(have <= most, _OP, name, f"have a head_dim of {most} at most", have)
         check(tensor.dim() >= 2, _OP, name, "have two dimensions or more", tuple(tensor.shape))
     if key.shape[-2] != value.shape[-2]:
         check(False, _OP, "value", f"have key's {key.shape[-2]} rows", value.shape[-2])
@@ -127,7 +136,7 @@ def _general(
     query4, key4, value4 = (t.reshape(batch, *t.shape[-3:]) for t in (query4, key4, value4))
     shape = (*lead, heads, query.shape[-2], key.shape[-2])
     output = attention(
-        *map(_pad_head, (query4, key4, value4)),
+        *map(pad_head, (query4, key4, value4)),
         causal="top_left" if is_causal else False,
         bias=_flat_mask(mask, shape, batch),
         dropout_p=dropout_p,
@@ -149,7 +158,7 @@ def _share_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor
                  for t in (key, value))  # type: ignore[return-value]  # fmt: skip
 
 
-def _pad_head(tensor: Tensor) -> Tensor:
+def pad_head(tensor: Tensor) -> Tensor:
     """The tensor with its last dimension padded by zeros to a multiple of 8."""
     missing = -tensor.shape[-1] % 8
     return pad(tensor, (0, missing)) if missing else args.contiguous_last(tensor)

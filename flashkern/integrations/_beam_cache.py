@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flashkern._attention_args import contiguous_last
 from flashkern._attention_ops import APPEND
+from flashkern._checks import check
 from flashkern.integrations._virtual import Virtual
 from flashkern.reference import gather_beams
 
@@ -237,7 +238,7 @@ class BeamCache(Cache):
         room: tokens that each beam has room for at first; it grows by doubling.
 
     Raises:
-        ValueError: on an update with a batch that is no multiple of ``beams``.
+        ValueError: no beams; on an update a batch that is no multiple of ``beams``.
 
     Example:
         >>> import torch
@@ -252,6 +253,7 @@ class BeamCache(Cache):
     """
 
     def __init__(self, beams: int, room: int = _ROOM) -> None:
+        check(beams > 0, "BeamCache", "beams", "be positive", beams)
         self.table = BeamTable(beams, room)
         layer: Any = lambda: BeamLayer(self.table)  # noqa: E731
         super().__init__(layer_class_to_replicate=layer)

@@ -208,6 +208,7 @@ _MODELS: dict[str, tuple[str, str, Callable]] = {
     "falcon": ("FalconAttention", "forward", _falcon),
     "gpt_neo": ("GPTNeoSelfAttention", "_attn", _gpt_neo),
 }
+KINDS = frozenset(_MODELS)
 
 
 @functools.cache

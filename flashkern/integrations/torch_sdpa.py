@@ -18,9 +18,9 @@ the dispatcher change, for CPU tensors only:
   torch.export leave of a call. Compiled code follows `enable` and `disable` without being
   compiled again.
 
-What flashkern does not compute still runs on torch's own kernels, with a line in the debug log that
-says why: see `reason_for_torch`. A ``torch.nn.attention.sdpa_kernel`` context that leaves out
-FLASH_ATTENTION is obeyed.
+What flashkern does not compute still runs on torch's own kernels; a warning says why, once for each
+reason, and the debug log says it at each call: see `reason_for_torch`. A
+``torch.nn.attention.sdpa_kernel`` context that leaves out FLASH_ATTENTION is obeyed.
 """
 
 from __future__ import annotations
@@ -178,8 +178,18 @@ def _sdpa(
             reason = f"dropout_p is {dropout_p}"
         if reason is None:
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, options.get("scale"))
-        _log.debug("scaled_dot_product_attention: torch's own kernel runs: %s", reason)
+        _say("scaled_dot_product_attention", reason)
     return _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+
+_said: set[str] = set()
+
+
+def _say(name: str, reason: str) -> None:
+    """A warning at a reason's first call, which the user may not have expected; then debugging."""
+    level = logging.DEBUG if reason in _said else logging.WARNING
+    _said.add(reason)
+    _log.log(level, "%s: torch's own kernel runs: %s", name, reason)
 
 
 def _like(values: Tensor, size: torch.Size, order: tuple[int, ...]) -> Tensor:
@@ -224,7 +234,7 @@ class _Handle:
         """aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
         reason = self._reason(query, key, value, attn_mask, dropout_p, newer)
         if reason is not None:
-            _log.debug("%s: torch's own kernel runs: %s", _FUSED.name(), reason)
+            _say(_FUSED.name(), reason)
             call = (query, key, value, dropout_p, is_causal)
             return self._forward.call_boxed(keys, *call, attn_mask=attn_mask, scale=scale, **newer)
         with torch.no_grad():

@@ -153,10 +153,12 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         if kind.startswith("gemma4"):
             kwargs["never_none"] = True
         if _patches.computes_attention(config.__class__):
+            how = "load it with attn_implementation='eager'"
+            if kind in _patches.KINDS:
+                how += " and call flashkern.integrations.transformers.patch(model)"
             raise NotImplementedError(
                 f"transformers: the model must use the attention interface, got {kind!r}, which "
-                f"computes attention by itself: load it with attn_implementation='eager' and call "
-                f"flashkern.integrations.transformers.patch(model)"
+                f"computes attention by itself: {how}"
             )
     return _masks.build_mask(*args, **kwargs)
 

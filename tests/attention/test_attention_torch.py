@@ -124,6 +124,31 @@ def test_compile_with_a_scale_made_of_a_symbolic_size(call: Any) -> None:
         torch.testing.assert_close(compiled(x), call(x))
 
 
+def far_below(number: float, rows: int = 8) -> tuple[torch.Tensor, ...]:
+    query, key, value = torch.randn(3, 1, 2, rows, 16).unbind()
+    return query, key, value, torch.full((rows, rows), number)
+
+
+def test_the_definition_of_rows_far_below_zero() -> None:
+    """Its weights go by lse, which float64 can hold."""
+    *qkv, bias = far_below(-1e9)
+    want = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
+    torch.testing.assert_close(fk.attention(*qkv, bias=bias), want)
+    tensors = [t.double() for t in (*qkv, bias)]
+    output, _ = fk.reference.attention(*tensors[:3], bias=tensors[3])
+    want = F.scaled_dot_product_attention(*tensors[:3], attn_mask=tensors[3])
+    torch.testing.assert_close(output, want)
+
+
+@BOTH_PASSES
+def test_where_a_bias_begins_to_hide(backend: str) -> None:
+    """In units of log 2: docs/attention.md."""
+    for number, hides in ((-2.3e38, False), (-2.4e38, True)):
+        *qkv, bias = far_below(number)
+        output, lse = fk.attention(*qkv, bias=bias, return_lse=True)
+        assert ((output == 0).all(), (lse == -torch.inf).all()) == (hides, hides)
+
+
 BAD: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "query must be a tensor", lambda q, k, v: fk.attention([1], k, v)),
     (TypeError, "query must have dtype", lambda q, k, v: fk.attention(q.int(), k, v)),

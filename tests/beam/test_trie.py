@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +137,14 @@ def test_messages_of_parts(message: str, arguments: list[Tensor]) -> None:
 def test_parts_must_be_int32() -> None:
     with pytest.raises(TypeError, match="Trie: tokens must have dtype int32, got int64"):
         Trie(*parts([0, 1]), torch.zeros(1).long(), *parts([0]))
+
+
+def test_a_saved_trie_is_loaded_as_tensors_are_and_checked(tmp_path: Path) -> None:
+    trie = Trie.from_sequences([[5, 1], [5, 2], [7, 0]])
+    torch.save(trie, tmp_path / "trie.pt")
+    again = torch.load(tmp_path / "trie.pt")
+    assert repr(again) == repr(trie) and torch.equal(again.tokens, trie.tokens)
+    trie.children = trie.children + 99
+    torch.save(trie, tmp_path / "wrong.pt")
+    with pytest.raises(Exception, match="children must be nodes"):
+        torch.load(tmp_path / "wrong.pt")

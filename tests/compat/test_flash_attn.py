@@ -189,3 +189,41 @@ def test_what_is_not_there_is_refused() -> None:
         fa.flash_attn_varlen_func(packed, cache, cache, rows, starts, 1, 4, block_table=table[:1])
     with pytest.raises(NotImplementedError, match="a paged cache has no backward pass"):
         fa.flash_attn_varlen_func(packed, cache, cache, rows, starts, 1, 4, block_table=table)
+
+
+@pytest.mark.parametrize("head_dim", [20, 36])
+def test_head_dims_are_padded(head_dim: int) -> None:
+    q, k, v = torch.randn(3, 2, 6, 4, head_dim, requires_grad=True).unbind()
+    got = fa.flash_attn_func(q, k, v, causal=True)
+    want, _ = definition(q, k, v, causal=True)
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous()
+    packed = [t[0] for t in (q, k, v)]
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    varlen = fa.flash_attn_varlen_func(*packed, starts, starts, 6, 6, causal=True)
+    torch.testing.assert_close(varlen, want[0])
+
+
+def test_errors_speak_of_flash_attns_arguments() -> None:
+    x, cache = torch.randn(1, 6, 4, 16), torch.randn(1, 8, 4, 16)
+    for call, text in (
+        (
+            lambda: fa.flash_attn_func(x[0], x[0], x[0]),
+            r"^flash_attn_func: q must have 4 dimensions, \(batch, sequence, heads, head_dim\), "
+            r"got \(6, 4, 16\)",
+        ),
+        (
+            lambda: fa.flash_attn_func(x, x.half(), x),
+            "^flash_attn_func: k must have the dtype of q",
+        ),
+        (
+            lambda: fa.flash_attn_func(x, x, x, softmax_scale="1"),
+            "^flash_attn_func: softmax_scale must be a number",
+        ),
+        (
+            lambda: fa.flash_attn_with_kvcache(x, cache, cache, cache_seqlens=9),
+            "^flash_attn_with_kvcache: cache_seqlens must lie in",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=text):
+            call()

@@ -161,6 +161,8 @@ def test_keys_of_a_cache_equal_those_of_transformers() -> None:
 
 
 def test_what_a_batch_must_be() -> None:
+    with pytest.raises(ValueError, match="BeamCache: beams must be positive, got 0"):
+        fkt.BeamCache(0)
     new = torch.randn(4, 2, 1, 8)
     with pytest.raises(ValueError, match="BeamCache: the batch must hold 3 beams of each prompt"):
         fkt.BeamCache(3).update(new, new, 0)

@@ -210,12 +210,16 @@ def test_what_stays_on_torch(
     enabled: None,
     calls: list,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x = draw(*shape)
+    monkeypatch.setattr(fks, "_said", set())
     with caplog.at_level(logging.DEBUG, "flashkern"):
-        got = F.scaled_dot_product_attention(x, x, x, **options)
+        got, _ = (F.scaled_dot_product_attention(x, x, x, **options) for _ in range(2))
     assert not calls
     assert reason in caplog.text
+    first, *others = (record.levelno for record in caplog.records)
+    assert first == logging.WARNING and set(others) == {logging.DEBUG}
     assert fks.reason_for_torch(x, x, x) == reason
     expected = on_torch(lambda: F.scaled_dot_product_attention(x, x, x, **options))
     assert torch.equal(got, expected)

@@ -75,8 +75,9 @@ def test_models_that_would_misread_the_mask_are_refused(name: str) -> None:
 def test_unknown_models_of_their_own_kind_are_refused() -> None:
     model = hf.MegatronBertModel(hf.MegatronBertConfig(**BERT, attn_implementation="eager"))
     model.config._attn_implementation = "fkern"
-    with pytest.raises(NotImplementedError, match="computes attention by itself"):
+    with pytest.raises(NotImplementedError, match="computes attention by itself") as caught:
         model(**inputs("encoder", "right")[0])
+    assert "patch(model)" not in str(caught.value)  # which would refuse it
 
 
 @pytest.mark.parametrize("argument", ["cache", "indices", "block_indices", "sinks"])
