@@ -168,7 +168,15 @@ def _lora_linear(
     dtype = dtype_name(x.dtype)
     if x.is_cuda or BACKEND:
         plan = _host.lora_gpu_plan(
-            rows, width, out, rank, dtype, choice, _capability(x), dropout_p > 0.0
+            rows,
+            width,
+            out,
+            rank,
+            dtype,
+            dtype_name(lora_a.dtype),
+            choice,
+            _capability(x),
+            dropout_p > 0.0,
         )
         kernel, why = _LORA_GPU_BASES[plan.pop("base")]
     else:

@@ -42,21 +42,23 @@ py::dict cpu_plan(int64_t rows, int64_t columns, const std::string& dtype, int c
 
 // Of one adapter, with rows that are aligned.
 LoraForward forward_call(int64_t rows, int64_t in, int64_t out, int64_t rank, DType dtype,
-                         bool dropout) {
+                         DType adapter, bool dropout) {
   LoraForward p{};
   p.rows = rows;
   p.in = p.x_row = in;
   p.out = out;
   p.dtype = dtype;
   p.adapters.count = 1;
+  p.adapters.dtype = adapter;
   p.adapters.rank = rank;
   p.dropout.threshold = dropout;
   return p;
 }
 
 py::dict gpu_plan(int64_t rows, int64_t in, int64_t columns, int64_t rank, const std::string& dtype,
-                  int choice, int capability, bool dropout) {
-  LoraForward p = forward_call(rows, in, columns, rank, dtype_named(dtype), dropout);
+                  const std::string& adapter, int choice, int capability, bool dropout) {
+  LoraForward p =
+      forward_call(rows, in, columns, rank, dtype_named(dtype), dtype_named(adapter), dropout);
   const auto chosen = static_cast<LoraChoice>(choice);
   p.base = sm80::lora_base(rows, in, p.dtype, true, chosen, capability);
   const LoraBase back = sm80::lora_base(rows, columns, p.dtype, false, chosen, capability);
@@ -81,8 +83,8 @@ FK_HOST_BINDINGS(lora)(py::module_& m) {
         py::arg("choice"), py::arg("threads"),
         "Who computes a lora_linear call's base product, and how the call is cut: a dict.");
   m.def("lora_gpu_plan", &gpu_plan, py::arg("rows"), py::arg("depth"), py::arg("columns"),
-        py::arg("rank"), py::arg("dtype"), py::arg("choice") = 0, py::arg("capability") = 80,
-        py::arg("dropout") = false,
+        py::arg("rank"), py::arg("dtype"), py::arg("adapter") = "float32", py::arg("choice") = 0,
+        py::arg("capability") = 80, py::arg("dropout") = false,
         "The same on a GPU of a compute capability, 10 * major + minor. `launches` are our own, "
         "without BLAS's.");
 }

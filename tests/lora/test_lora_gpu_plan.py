@@ -40,6 +40,7 @@ def test_few_rows_read_the_weight_once(capability: int) -> None:
     assert cut["blocks"] == 4096 // cut["tile_columns"]
     assert plan(64, capability=capability, dropout=True)["shrink_blocks"] > 0
     assert plan(64, capability=capability, rank=17)["shrink_blocks"] > 0  # of a float32 adapter
+    assert plan(64, capability=capability, rank=32, adapter="bfloat16")["shrink_blocks"] == 0
     assert plan(64, capability=capability, depth=4095)["base"] == "tiles"  # rows of odd addresses
     assert plan(64, "blas", capability=capability)["base"] == "blas"
 
