@@ -1,6 +1,7 @@
 """Drives CMake: configure, build with ninja, install. What is built stands in CMakeLists.txt."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,11 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         target = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "flashkern"
         build = Path(self.build_temp).resolve() / "cmake"
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
+        if self.inplace:  # a temporary folder for pip: in a fixed one a rebuild is incremental
+            build = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        options = ["-UFLASHKERN_*"]  # those of the build before, as is its ninja
+        options += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
         for what in ("ISAS", "CUDA", "CUDA_ARCHS", "SANITIZE"):
             name = f"FLASHKERN_{what}"
             if os.environ.get(name):

@@ -1,5 +1,6 @@
 """What a user builds from: the source distribution configures, and a wrong option is named."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,6 +72,22 @@ def test_a_wrong_option_is_named(options_build: Path, option: str, message: str)
     done = configure(ROOT, options_build, "-UFLASHKERN_*", f"-DFLASHKERN_{option}")
     assert done.returncode != 0
     assert re.search(message, " ".join(done.stderr.split()))
+
+
+def test_an_editable_install_builds_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip gives each its own temporary folder, where every rebuild would be a full one."""
+    log, stub = tmp_path / "log", tmp_path / "cmake"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    build = ("build_ext", "--build-temp", tmp_path / "temporary")
+    assert run(sys.executable, "setup.py", "-q", *build, "--inplace").returncode == 0
+    place = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+    configured, built, installed = log.read_text().splitlines()
+    assert f"-B {place} -UFLASHKERN_* " in configured  # what the last build was asked is forgotten
+    assert built.startswith(f"--build {place} ") and installed == f"--install {place}"
 
 
 @pytest.fixture(scope="module")
