@@ -70,7 +70,7 @@ def compile_kernel(source: str, name: str, variant: str = "plain") -> Path:
 
 @functools.cache
 def newest_header() -> float:
-    folders = [ROOT / "csrc" / "ptx", ROOT / "csrc" / "emulator", HERE]
+    folders = [*(ROOT / "csrc" / name for name in ("ptx", "emulator", "beam")), HERE]
     return max(p.stat().st_mtime for f in folders for p in f.rglob("*.h"))
 
 
