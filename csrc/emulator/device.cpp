@@ -42,6 +42,7 @@ size_t allowed_shared_bytes(const void* kernel) {
 using flashkern::emulator::current_device;
 
 const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorMemoryAllocation) return "out of memory";
   return error == cudaSuccess ? "no error" : "invalid argument";
 }
 
@@ -64,7 +65,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   *p = std::malloc(bytes);
-  if (*p == nullptr) return cudaErrorInvalidValue;
+  if (*p == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*p, 0xff, bytes);  // as undefined as a GPU's
   return cudaSuccess;
 }

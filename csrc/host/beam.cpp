@@ -58,8 +58,9 @@ FK_HOST_BINDINGS(beam)(py::module_& m) {
         out["row_spans"] = plan.row_spans;
         out["chosen_limit"] = plan.chosen_limit;
         out["capacity"] = plan.capacity;
+        out["lists_spans"] = plan.lists_spans;
         out["ticket_bytes"] = plan.layout.ticket_bytes;
-        out["in_shared_memory"] = plan.shared_keys && plan.shared_chosen && plan.shared_candidates;
+        out["in_shared_memory"] = plan.shared_chosen && plan.shared_candidates;
         return out;
       },
       py::arg("batch"), py::arg("beams"), py::arg("vocab"), py::arg("k"), py::arg("half"),

@@ -37,6 +37,13 @@ FK_DEVICE T* opaque(T* p) {
   return p;
 }
 
+// threadIdx.x, read anew at each use: nothing that follows from it keeps registers in between.
+FK_DEVICE uint32_t thread_id() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 FK_DEVICE uint32_t lane_id() {
   uint32_t lane;
   asm("mov.u32 %0, %%laneid;" : "=r"(lane));

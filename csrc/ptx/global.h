@@ -1,4 +1,4 @@
-// Words in global memory by which blocks speak to each other.
+// Global memory: words by which blocks speak to each other, and what will be read.
 #pragma once
 
 #include "ptx/core.h"
@@ -31,6 +31,11 @@ FK_DEVICE int add_acquire_release(int* p, int value) {
                : "l"(p), "r"(value)
                : "memory");
   return old;
+}
+
+// Brings 128 bytes into the L2 cache; nobody waits for it.
+FK_DEVICE void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 
 }  // namespace flashkern::ptx

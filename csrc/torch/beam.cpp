@@ -9,25 +9,29 @@
 namespace flashkern {
 namespace {
 
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 void check_beams(const Tensor& t, const Tensor& logits, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.is_contiguous() &&
-                      t.size(0) == logits.size(0) && t.size(1) == logits.size(1),
+                      t.size(0) == logits.size(0) && t.size(1) == logits.size(1) &&
+                      same_device(t, logits),
                   "beam_topk: ", name,
-                  " must be float32, contiguous, of the logits' (batch, beams)");
+                  " must be float32, contiguous, of the logits' (batch, beams) and device");
 }
 
 const int64_t* beam_integers(const Tensor& t, const Tensor& logits, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == dim && t.is_contiguous() &&
-                      t.size(0) == logits.size(0) && t.size(1) == logits.size(1) &&
-                      t.is_cuda() == logits.is_cuda(),
-                  "beam_topk: ", name,
-                  " must be int64, contiguous, of the logits' (batch, beams) and device");
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Long && t.dim() == dim && t.is_contiguous() &&
+          t.size(0) == logits.size(0) && t.size(1) == logits.size(1) && same_device(t, logits),
+      "beam_topk: ", name, " must be int64, contiguous, of the logits' (batch, beams) and device");
   return t.const_data_ptr<int64_t>();
 }
 
 const int32_t* trie_part(const std::optional<Tensor>& t, const Tensor& logits) {
   const bool good = t.has_value() && t->scalar_type() == ScalarType::Int && t->dim() == 1 &&
-                    t->is_contiguous() && t->is_cuda() == logits.is_cuda();
+                    t->is_contiguous() && same_device(*t, logits);
   STD_TORCH_CHECK(good, "beam_topk: the trie must be 1-D contiguous int32 on the logits' device");
   return t->const_data_ptr<int32_t>();
 }
@@ -67,12 +71,11 @@ void check_indices(const beam::TopkParams& p) {
   }
 }
 
-void run(const beam::TopkParams& p, const Tensor& logits, const Tensor& beam_scores) {
+void run(const beam::TopkParams& p, const Tensor& logits) {
   if constexpr (kGpuKernels) {
     if (on_gpu(logits)) {
       const GpuScope scope(logits);
-      const Tensor workspace =
-          torch::stable::new_empty(beam_scores, {gpu::beam_topk_workspace(p)}, ScalarType::Byte);
+      const Tensor workspace = empty<1>(logits, {gpu::beam_topk_workspace(p)}, ScalarType::Byte);
       return gpu::beam_topk(p, workspace.mutable_data_ptr(), scope.stream());
     }
   }
@@ -117,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_topk(Tensor logits, Tensor beam_
   p.tokens = tokens.mutable_data_ptr<int64_t>();
   p.parents = parents.mutable_data_ptr<int64_t>();
   p.logsumexp = joint.mutable_data_ptr<float>();
-  run(p, logits, beam_scores);
+  run(p, logits);
   return {scores, tokens, parents, joint};
 }
 

@@ -279,3 +279,26 @@ def test_indices_out_of_range_are_harmless_on_a_gpu(backend: str) -> None:
     below = (None, None, nodes, starts, tokens)
     result = fk.BeamTopK(*torch.ops.flashkern.beam_topk.default(logits, scores, 3, *below))
     assert result.tokens.tolist() == [[7, -1, -1]] and result.parents.eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["excluded", "trie", "both"])
+@pytest.mark.parametrize("k", [7, 900])
+def test_many_spans(backend: str, kind: str, k: int) -> None:
+    """So many that a GPU ranks spans before chunks; in most of them nothing is allowed."""
+    logits = torch.randint(-9, 9, (1, 2070, 600)).bfloat16()
+    options = drawn(1, 2070, 600, kind, 3)
+    if kind == "both":
+        options["nodes"][:, 3:] = -1
+    same(logits, torch.randint(-3, 1, (1, 2070)).float(), k, **options)
+
+
+def test_long_lists(backend: str) -> None:
+    """Excluded tokens and children in all chunks of several spans, most of them twice."""
+    logits = torch.randn(2, 2, 9001)
+    excluded = random_excluded(2, 2, 9001, 12000)
+    best = logits.topk(300).indices
+    excluded = torch.cat([excluded, best, best], -1).contiguous()
+    trie = Trie.from_sequences(torch.arange(1, 9001, 3)[:, None])
+    nodes = torch.zeros(2, 2, dtype=torch.int64)
+    for options in ({}, {"trie": trie, "nodes": nodes}):
+        same(logits, torch.zeros(2, 2), 64, excluded=excluded, **options)

@@ -62,12 +62,43 @@ def test_many_chunks(backend: str, k: int) -> None:
     same_choice(torch.randn(1, 8200, 3), torch.randn(1, 8200), k)
 
 
+@pytest.mark.parametrize("values", ["random", "equal", "ascending", "masked"])
+@pytest.mark.parametrize("k", [3, 1000, 1025])
+def test_many_spans(backend: str, values: str, k: int) -> None:
+    """So many that they are ranked before their chunks; a beam's lie in two blocks."""
+    shape = (1, 700, 4100)  # 2100 spans: the third of a beam holds one chunk
+    logits = torch.randint(-40, 40, shape).bfloat16() / 8
+    if values == "equal":
+        logits = torch.zeros(shape, dtype=torch.bfloat16)
+    if values == "ascending":
+        logits = torch.linspace(-3, 3, logits.numel()).view(shape).bfloat16()
+    if values == "masked":
+        logits[:, 5:] = -torch.inf
+        logits[:, :5, : -k // 10] = -torch.inf
+    scores = torch.randint(-3, 1, shape[:2]).float()
+    result = same_choice(logits, scores, k)
+    again = fk.beam_topk(logits.clone(), scores, k, logsumexp=logits.float().logsumexp(-1))
+    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+    own = fk.beam_topk(logits, scores, k).logsumexp.double()
+    torch.testing.assert_close(own, logits.double().logsumexp(-1), atol=2e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [4, 64, 1024])
 def test_ties_everywhere(backend: str, k: int, dtype: torch.dtype) -> None:
     """Few different logits: far more candidates tie than fit, in every chunk."""
     logits = torch.randint(0, 3, (2, 4, 9000)).to(dtype)
     same_choice(logits, torch.tensor([[0.0, 1.0, 0.0, 1.0], [-1e9, 0.0, -1e9, 0.0]]), k)
+
+
+def test_tensors_on_two_devices(backend: str) -> None:
+    """The operator by itself, which nothing in Python guards: a host's pointer is no GPU's."""
+    if backend != "cuda":
+        pytest.skip("all tensors are on one device")
+    logits, scores = torch.randn(1, 2, 50), torch.zeros(1, 2)
+    for options in ((scores.cpu(), 4), (scores, 4, scores.cpu())):
+        with pytest.raises(RuntimeError, match=r"must be float32, .* and device"):
+            torch.ops.flashkern.beam_topk(logits, *options)
 
 
 def test_plan() -> None:
@@ -82,10 +113,17 @@ def test_plan() -> None:
         assert each % 16 == 0 and plan["splits"] == -(-spans // each)
         assert plan["blocks"] == batch * plan["splits"]
         assert plan["capacity"] >= 2 * k and plan["chosen_limit"] <= k + k // 8
-        assert plan["ticket_bytes"] % 256 == 0 and plan["ticket_bytes"] >= 4 * batch
+        assert plan["ticket_bytes"] % 256 == 0
+        assert plan["ticket_bytes"] >= 4 * batch * (1 + beams)  # of rows and of beams
         assert plan["in_shared_memory"]
     large = _host.beam_topk_gpu_plan(2, 8, 40000, 5000, True, processors=132)
     assert not large["in_shared_memory"] and large["capacity"] == 16384
     assert large["workspace_bytes"] > 2 * 8 * large["capacity"]
-    with pytest.raises(ValueError, match="2\\^30"):
+    for k, lists in [(1, True), (1024, True), (1100, False), (5000, False)]:
+        spans = _host.beam_topk_gpu_plan(1, 4, 600 * 2048, k, True, processors=132)
+        assert spans["row_spans"] == 2400 and spans["lists_spans"] == lists
+    assert not _host.beam_topk_gpu_plan(1, 4, 512 * 2048, 1, True, processors=132)["lists_spans"]
+    with pytest.raises(ValueError, match="2\\^30 beams"):
+        _host.beam_topk_gpu_plan(1, 2**30 + 1, 3, 1, True, processors=132)
+    with pytest.raises(ValueError, match="k must be at most 2\\^30"):
         _host.beam_topk_gpu_plan(1, 2, 2**30, 2**30 + 1, True, processors=132)

@@ -17,17 +17,18 @@ namespace flashkern::beam::sm80 {
 inline constexpr int kWarps = 16, kThreads = 32 * kWarps;
 // Chunks (of beam::kChunk elements) that one warp takes in a row, with one sum of exponentials.
 inline constexpr int64_t kSpanChunks = 4;
-// What the choosing block holds in shared memory; more of it lives in the workspace.
-inline constexpr int64_t kSharedKeys = 8192;        // chunks of a batch row
+// What the choosing block holds in shared memory; more chunks and candidates live in the workspace.
+inline constexpr int64_t kSharedSpans = 8192;       // spans that may hold the best chunks
 inline constexpr int64_t kSharedChosen = 1792;      // chunks that are read again
 inline constexpr int64_t kSharedCandidates = 4096;  // elements that pass the threshold
 inline constexpr int64_t kMaxK = int64_t{1} << 30;
 
-// Workspace:  tickets of a captured graph, one for each batch row (tickets.h)
-//             batch times: maxima | spans | normalisers | chosen | candidates
+// Workspace:  tickets, one for each batch row and each beam, where a stream has none (tickets.h)
+//             batch times: keys | span sums | span keys | normalisers | masks | chosen | candidates
 struct Layout {
   int64_t ticket_bytes = 0, row_bytes = 0;
-  int64_t spans = 0, normalisers = 0, chosen = 0, candidates = 0;  // offsets in a row, bytes
+  int64_t sums = 0, span_keys = 0, normalisers = 0, masks = 0;  // offsets in a row, bytes
+  int64_t chosen = 0, candidates = 0;
 };
 
 struct Plan {
@@ -35,9 +36,11 @@ struct Plan {
   int64_t row_chunks = 0, row_spans = 0;  // of a batch row: all its beams
   int64_t splits = 1, split_spans = 0;    // blocks of a batch row, spans of a block
   int64_t blocks = 0;
-  int64_t chosen_limit = 0;  // chunks that may be read again
+  int64_t tickets = 0;
+  bool lists_spans = false;  // whether spans are ranked first, and then the chunks of the best
+  int64_t chosen_limit = 0;  // chunks that may be read again, and spans whose chunks are ranked
   int64_t capacity = 0;      // candidates that the last selection takes: a power of two
-  bool shared_keys = true, shared_chosen = true, shared_candidates = true;  // or the workspace
+  bool shared_chosen = true, shared_candidates = true;  // or the workspace
   Layout layout;
   int64_t workspace_bytes = 0;
   int64_t read_bytes = 0, write_bytes = 0;
@@ -50,18 +53,22 @@ inline int64_t power_of_two(int64_t at_least) {
   return power;
 }
 
-inline Layout lay_out(const Plan& plan, int64_t batch, int64_t beams) {
+inline Layout lay_out(const Plan& plan, const TopkParams& p) {
   const auto take = [](int64_t& end, int64_t bytes) {
     const int64_t begin = end;
     end += (bytes + 255) / 256 * 256;
     return begin;
   };
+  const bool constrained = p.constraints.nodes != nullptr || p.constraints.excluded != nullptr;
+  const int64_t places = plan.row_spans * kSpanChunks;  // whole spans
   Layout layout;
-  take(layout.ticket_bytes, batch * 4);
+  take(layout.ticket_bytes, plan.tickets * 4);
   int64_t& end = layout.row_bytes;
-  take(end, plan.row_chunks * 4);
-  layout.spans = take(end, plan.row_spans * 8);
-  layout.normalisers = take(end, beams * 12);
+  take(end, places * 4);
+  layout.sums = take(end, plan.row_spans * 8);
+  layout.span_keys = take(end, plan.row_spans * 4);
+  layout.normalisers = take(end, p.beams * 12);
+  layout.masks = take(end, constrained ? places * kChunk / 8 : 0);
   layout.chosen = take(end, plan.shared_chosen ? 0 : plan.chosen_limit * 4);
   layout.candidates = take(end, plan.shared_candidates ? 0 : plan.capacity * 8);
   return layout;
@@ -77,6 +84,9 @@ inline Plan plan_launch(const TopkParams& p, int processors) {
   plan.spans = ceil_div(plan.chunks, kSpanChunks);
   plan.row_chunks = p.beams * plan.chunks;
   plan.row_spans = p.beams * plan.spans;
+  if (plan.row_spans > kMaxK) {
+    throw std::invalid_argument("beam_topk: at most 2^30 beams, or spans of them, on a GPU");
+  }
 
   // Two blocks fit on a processor. Some eight waves of them even out the last one; a block has a
   // span for each warp at least, where there are so many.
@@ -85,15 +95,18 @@ inline Plan plan_launch(const TopkParams& p, int processors) {
   plan.split_spans = ceil_div(ceil_div(plan.row_spans, wanted), kWarps) * kWarps;
   plan.splits = ceil_div(plan.row_spans, plan.split_spans);
   plan.blocks = p.batch * plan.splits;
+  plan.tickets = p.batch * (1 + p.beams);
 
   plan.chosen_limit = std::min(plan.row_chunks, p.k + p.k / 8);
   plan.capacity = power_of_two(p.k <= kSharedCandidates / 2
                                    ? std::clamp<int64_t>(4 * p.k, 512, kSharedCandidates)
                                    : 2 * p.k);
-  plan.shared_keys = plan.row_chunks <= kSharedKeys;
+  // Few spans are read as fast whole: a round of loads is four spans for each thread.
+  plan.lists_spans = plan.row_spans > std::max<int64_t>(4 * kThreads, 2 * plan.chosen_limit) &&
+                     plan.chosen_limit <= kSharedSpans;
   plan.shared_chosen = plan.chosen_limit <= kSharedChosen;
   plan.shared_candidates = plan.capacity <= kSharedCandidates;
-  plan.layout = lay_out(plan, p.batch, p.beams);
+  plan.layout = lay_out(plan, p);
   plan.workspace_bytes = plan.layout.ticket_bytes + p.batch * plan.layout.row_bytes;
 
   const beam::Plan cost = beam::plan_topk(p, 1);

@@ -55,18 +55,17 @@ FK_DEVICE uint32_t greatest_allowed(const Chunk<T>& chunk, uint32_t mask) {
   return __reduce_max_sync(ptx::kAllLanes, greatest);
 }
 
-// Chunks [begin, end) of a beam. `masks(i)`: which elements of chunk i the beam may take; a chunk's
-// maximum, ordered, is theirs. Without constraints, a chunk that holds NaN, or +inf where sums are
-// wanted, has the maximum NaN: so has every score of such a beam but those of -inf.
+// The span of chunks [begin, end) of a beam. Lane i gets the maximum of its chunk i, ordered, of
+// the elements in masks(chunk); 0 where there is no chunk. Without constraints, a chunk that holds
+// NaN, or +inf where sums are wanted, has the maximum NaN: so has every score of such a beam but
+// those of -inf.
 template <bool kConstrained, class T, class Masks>
-FK_DEVICE void scan_span(const T* row, int64_t vocab, uint32_t begin, uint32_t end, bool want_sum,
-                         const Masks& masks, uint32_t* maxima, float2* span) {
-  const bool leader = ptx::lane_id() == 0;
-  SpanSum total;
+FK_DEVICE uint32_t scan_span(const T* row, int64_t vocab, uint32_t begin, uint32_t end,
+                             bool want_sum, const Masks& masks, SpanSum& total) {
+  uint32_t own = 0;
   Chunk<T> chunk, next;
   load_chunk(next, row, begin, vocab);
   for (uint32_t i = begin; i < end; ++i) {
-    const auto mask = masks(i);  // while few registers are taken
     chunk = next;
     if (i + 1 < end) load_chunk(next, row, i + 1, vocab);
     uint32_t best = chunk_max(chunk);
@@ -77,33 +76,31 @@ FK_DEVICE void scan_span(const T* row, int64_t vocab, uint32_t begin, uint32_t e
       each_element(chunk, [&](float x, uint32_t) { probe = x != x ? x : probe; });
     }
     if constexpr (kConstrained) {
-      best = greatest_allowed(chunk, mask);
+      best = greatest_allowed(chunk, masks(i));
     } else {
       const bool bad = __any_sync(ptx::kAllLanes, probe != probe);
       if (bad) best = ordered(kNaN);
     }
-    if (leader) maxima[i] = best;
+    if (ptx::lane_id() == i - begin) own = best;
   }
-  if (!want_sum) return;
-  const float sum = warp_sum(total.sum);
-  if (leader) *span = {total.greatest, sum};
+  return own;
 }
 
 // The maxima alone: of a chunk in which nothing is allowed no logit is read.
 template <class T, class Masks>
-FK_DEVICE void scan_allowed(const T* row, int64_t vocab, uint32_t begin, uint32_t end,
-                            const Masks& masks, uint32_t* maxima) {
+FK_DEVICE uint32_t scan_allowed(const T* row, int64_t vocab, uint32_t begin, uint32_t end,
+                                const Masks& masks) {
+  uint32_t own = 0;
   for (uint32_t i = begin; i < end; ++i) {
     const uint32_t mask = masks(i);
     const bool something = __any_sync(ptx::kAllLanes, mask != 0);
-    uint32_t best = 0;
-    if (something) {
-      Chunk<T> chunk;
-      load_chunk(chunk, row, i, vocab);
-      best = greatest_allowed(chunk, mask);
-    }
-    if (ptx::lane_id() == 0) maxima[i] = best;
+    if (!something) continue;
+    Chunk<T> chunk;
+    load_chunk(chunk, row, i, vocab);
+    const uint32_t best = greatest_allowed(chunk, mask);
+    if (ptx::lane_id() == i - begin) own = best;
   }
+  return own;
 }
 
 // A beam's log-sum-exp from its spans, by one warp.

@@ -66,7 +66,7 @@ FK_DEVICE uint32_t block_sum_before(SelectStorage& shared, uint32_t value) {
 // Finds the bin of the wanted candidate, counted from the top one: thread t owns the bins
 // kBins - 1 - kBinsEach t and below.
 FK_DEVICE void pick(SelectStorage& shared, uint32_t wanted) {
-  const int top = kBins - 1 - kBinsEach * static_cast<int>(threadIdx.x);
+  const int top = kBins - 1 - kBinsEach * static_cast<int>(ptx::thread_id());
   uint32_t own = 0;
 #pragma unroll
   for (int i = 0; i < kBinsEach; ++i) own += shared.bins[top - i];
@@ -92,7 +92,7 @@ FK_DEVICE uint32_t narrow(SelectStorage& shared, Range& range, uint32_t wanted,
     least = min(least, c);
     most = max(most, c);
   });
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+  for (int i = ptx::thread_id(); i < kBins; i += kThreads) shared.bins[i] = 0;
   block_bounds(shared, least, most);
   const int shift = max(0, 64 - __clzll(static_cast<long long>(most - least)) - kBinBits);
   source([&](Candidate c) {

@@ -1,12 +1,15 @@
 // The k best continuations of every batch row's beams: log-softmax, beam scores and top-k in one
-// launch and one read of the logits.
+// launch and one read of the logits. (In a captured graph two nodes: before the kernel a memset of
+// its tickets, tickets.h.)
 //
-//   scan     every block: spans of 4 chunks of 512 logits, a warp each. Leaves a chunk's greatest
-//            logit and each span's (greatest, sum of exponentials) in the workspace (scan.h)
-//   ticket   the block of a batch row that comes last chooses for the row; the others are done
-//   rank     the beams' log-sum-exp; the score of each chunk's greatest logit; the k-th best of
-//            these over all beams: k candidates reach it, so no lower one is needed
-//   gather   the about k chunks that reach it are read again (from L2): their elements that do
+//   scan     every block: spans of 4 chunks of 512 logits, a warp each. Leaves the chunks' greatest
+//            logits and each span's (greatest, sum of exponentials) in the workspace (scan.h)
+//   end      a ticket for each beam: the block that scans a beam's last span takes the beam's
+//            log-sum-exp, and scores its chunks' greatest logits (rank.h): on all processors
+//   ticket   one for each batch row: the block that comes last chooses; the others are done
+//   rank     the k-th best chunk over all beams: k candidates reach it, so no lower one is needed.
+//            Among many chunks those of the k best spans alone are looked at (rank.h)
+//   gather   the about k chunks that reach it are read again: their elements that do
 //   choose   these sorted, the first k written
 //
 //   block    512 threads, 16 warps; blocks of a batch row: `splits`, whose warps share its spans
@@ -14,131 +17,74 @@
 //     beam 0 |span 0: c c c c|span 1: c c c c| ... |     warp w of split s takes spans
 //     beam 1 |span n: c c c c| ...                       s split_spans + w, + 16, + 32, ...
 //
-//   memory   histogram 8 KiB; chunk scores (8192), then candidates (4096), 32 KiB; chosen chunks
-//            7 KiB: 47.3 KiB, two blocks on every processor from 8.0 on. A row with more chunks, or
-//            k > 2048, keeps the rest in the workspace: the same code, other pointers
-//   pipe     registers: the next chunk's loads are under way while one is reduced
+//   memory   histogram 8 KiB; the best spans (8192), then candidates (4096), 32 KiB; chosen chunks
+//            7 KiB: 47.3 KiB, two blocks on every processor from 8.0 on. k > 1593 (chunks) or
+//            k > 2048 (candidates) keeps these in the workspace: the same code, other pointers
+//   pipe     registers: the next chunk's loads are under way while one is reduced; a warp or block
+//            that goes over keys has 64 bytes of each thread under way; the chosen chunks
+//            are called into the L2 cache all at once, where the gather finds them
 //
-// Constraints (beam/params.h): a second form of the kernel masks both passes over a chunk
-// (allowed.h; 1 KiB of shared memory more, so that a block has to ask for what is beyond 48 KiB;
-// two still fit everywhere): its maximum is that of the elements that the beam may take. Where
-// fewer than k are left the threshold falls to nothing, and the places behind them hold nobody.
+// Constraints (beam/params.h): in a second form of the kernel a chunk's maximum is that of the
+// elements that the beam may take (allowed.h). The scan leaves these in the workspace, a bit for
+// each logit, for the gather to ask of what reaches the threshold. Where fewer than k are left the
+// threshold falls to nothing, and the places behind them hold nobody.
 //
 // Numerics and order: beam/score.h, the CPU kernels' own. Sums run in a fixed order (lanes of a
 // span, spans of a beam), so a row's bits depend on neither its batch, the GPU nor an address.
 //
 // Work: the gather reads at most k + k/8 chunks whatever the values are. Where more elements pass
 // than fit (ascending logits, all equal), the range of the k-th is narrowed over the same chunks,
-// two reads of them a round, mostly one round; then they are gathered once more.
+// two reads of them a round, mostly one round; then they are gathered once more. docs/beam.md tells
+// what the one block that chooses costs.
 //
 // Papers: Milakov and Gimelshein (arXiv 1805.02867), one pass for softmax and top-k; Gaihre et al.,
 // Dr. Top-k (arXiv 2109.08219), selection through the maxima of subranges.
 #include "beam/gpu.h"
-#include "beam/sm80/allowed.h"
-#include "beam/sm80/plan.h"
+#include "beam/sm80/rank.h"
+#include "beam/sm80/row.h"
 #include "beam/sm80/scan.h"
-#include "beam/sm80/select.h"
 #include "beam/sm80/tickets.h"
-#include "ptx/global.h"
 #include "ptx/launch.h"
-
-#include <type_traits>
 
 namespace flashkern {
 namespace beam::sm80 {
 namespace {
 
-struct Storage {
-  SelectStorage select;
-  union {
-    uint32_t keys[kSharedKeys];
-    Candidate candidates[kSharedCandidates];
-  };
-  uint32_t chosen[kSharedChosen];
-  uint32_t count;  // of chosen chunks, then of candidates
-  bool last;
-};
-
-struct ConstrainedStorage : Storage {
-  uint32_t allowed[kWarps][kMaskWords];
-};
-
-template <bool kConstrained>
-using StorageOf = std::conditional_t<kConstrained, ConstrainedStorage, Storage>;
-
-struct Arguments {
-  TopkParams problem;
-  Plan plan;
-  unsigned char* workspace;
-  int* tickets;  // one for each batch row
-};
-
-// A batch row: its logits, its part of the workspace, and shared memory where that is enough.
 template <class T, bool kConstrained>
-struct Row {
-  const Constraints& constraints;
-  uint32_t* allowed_words = nullptr;  // the warp's own
-  const T* logits;
-  int64_t beam_stride, vocab;
-  uint32_t index, beams, chunks, spans, total_chunks;  // chunks, spans: of a beam
-  uint32_t* maxima;                                    // (beams, chunks): logits, ordered; 0: none
-  float2* span_sums;                                   // (beams, spans)
-  Normaliser* normalisers;
-  uint32_t *keys, *chosen;  // ordered scores of chunks; chunks to be read again
-  Candidate* candidates;
-
-  FK_DEVICE Row(const Arguments& args, StorageOf<kConstrained>& shared, uint32_t row)
-      : constraints(args.problem.constraints) {
-    if constexpr (kConstrained) allowed_words = shared.allowed[ptx::warp_id()];
-    const TopkParams& p = args.problem;
-    const Plan& plan = args.plan;
-    unsigned char* own = args.workspace + plan.layout.ticket_bytes + row * plan.layout.row_bytes;
-    logits = static_cast<const T*>(p.logits) + row * p.batch_stride;
-    beam_stride = p.beam_stride, vocab = p.vocab;
-    index = row, beams = p.beams, chunks = plan.chunks, spans = plan.spans;
-    total_chunks = plan.row_chunks;
-    maxima = reinterpret_cast<uint32_t*>(own);
-    span_sums = reinterpret_cast<float2*>(own + plan.layout.spans);
-    normalisers = reinterpret_cast<Normaliser*>(own + plan.layout.normalisers);
-    keys = plan.shared_keys ? shared.keys : maxima;
-    chosen =
-        plan.shared_chosen ? shared.chosen : reinterpret_cast<uint32_t*>(own + plan.layout.chosen);
-    candidates = plan.shared_candidates
-                     ? shared.candidates
-                     : reinterpret_cast<Candidate*>(own + plan.layout.candidates);
-  }
-
-  FK_DEVICE const T* beam(uint32_t b) const { return logits + b * beam_stride; }
-
-  // Which of this lane's elements of a chunk beam b may take.
-  FK_DEVICE auto mask(uint32_t b, uint32_t chunk) const {
-    if constexpr (kConstrained) {
-      const int64_t at = int64_t{index} * beams + b;
-      return allowed<T>(constraints, allowed_words, at, chunk * kChunk, vocab);
-    } else {
-      return AllElements();
-    }
-  }
-};
-
-template <class T, bool kConstrained>
-FK_DEVICE void scan(const Arguments& args, const Row<T, kConstrained>& row, uint32_t split) {
-  const uint32_t begin = split * args.plan.split_spans;
+FK_DEVICE void scan(const Arguments& args, Storage& shared, const Row<T, kConstrained>& row) {
+  const uint32_t begin = row.split() * args.plan.split_spans, lane = ptx::lane_id();
   const uint32_t end = min(begin + args.plan.split_spans, args.plan.row_spans);
   const bool want_sum = args.problem.given_logsumexp == nullptr;
   for (uint32_t i = begin + ptx::warp_id(); i < end; i += kWarps) {
-    const uint32_t beam = i / row.spans, first = i % row.spans * kSpanChunks;
-    const uint32_t last = min(first + static_cast<uint32_t>(kSpanChunks), row.chunks);
-    uint32_t* maxima = row.maxima + beam * row.chunks;
-    const auto masks = [&](uint32_t chunk) { return row.mask(beam, chunk); };
+    uint32_t* words = shared.allowed[i % kWarps];
+    const uint32_t beam = i / row.spans(), first = (i - beam * row.spans()) * kSpanChunks;
+    const uint32_t last =
+        min(first + static_cast<uint32_t>(kSpanChunks), static_cast<uint32_t>(args.plan.chunks));
     if constexpr (kConstrained) {
-      if (!want_sum) {
-        scan_allowed(row.beam(beam), row.vocab, first, last, masks, maxima);
-        continue;
-      }
+      const Constraints& c = args.problem.constraints;
+      allow(c, words, row.beam_of_batch(beam), first * kChunk, row.vocab());
+      const uint2 own = reinterpret_cast<const uint2*>(words)[lane];
+      const bool something = __any_sync(ptx::kAllLanes, (own.x | own.y) != 0);
+      if (something) reinterpret_cast<uint2*>(row.masks(i * kSpanChunks))[lane] = own;
     }
-    scan_span<kConstrained>(row.beam(beam), row.vocab, first, last, want_sum, masks, maxima,
-                            row.span_sums + i);
+    const auto masks = [&](uint32_t chunk) {
+      if constexpr (kConstrained) {
+        return allowed<T>(words + (chunk - first) * kChunkWords);
+      } else {
+        return AllElements();
+      }
+    };
+    const T* logits = row.beam(beam);
+    SpanSum total;
+    const uint32_t best = [&] {
+      if constexpr (kConstrained) {
+        if (!want_sum) return scan_allowed(logits, row.vocab(), first, last, masks);
+      }
+      return scan_span<kConstrained>(logits, row.vocab(), first, last, want_sum, masks, total);
+    }();
+    const float sum = warp_sum(total.sum);
+    if (want_sum && lane == 0) row.sums()[i] = {total.greatest, sum};
+    if (lane < kSpanChunks) row.keys()[i * kSpanChunks + lane] = best;
   }
 }
 
@@ -147,88 +93,28 @@ FK_DEVICE void scan(const Arguments& args, const Row<T, kConstrained>& row, uint
 FK_DEVICE bool comes_last(const Arguments& args, Storage& shared, uint32_t row) {
   __syncthreads();
   if (args.plan.splits == 1) return true;
-  if (threadIdx.x == 0) {
-    int* ticket = args.tickets + row;
-    shared.last = ptx::add_acquire_release(ticket, 1) == args.plan.splits - 1;
-    if (shared.last) *ticket = 0;  // for the next launch
-  }
+  if (threadIdx.x == 0) shared.last = draws_last(args.tickets + row, args.plan.splits);
   __syncthreads();
   return shared.last;
 }
 
-template <class T, bool kConstrained>
-FK_DEVICE void normalise(const Arguments& args, const Row<T, kConstrained>& row) {
-  const TopkParams& p = args.problem;
-  for (uint32_t b = ptx::warp_id(); b < row.beams; b += kWarps) {
-    const int64_t at = int64_t{row.index} * row.beams + b;
-    Normaliser n{0.f, 0.f, p.beam_scores[at]};
-    float logsumexp;
-    if (p.given_logsumexp != nullptr) {
-      n.shift = logsumexp = p.given_logsumexp[at];
-    } else {
-      n = normaliser(row.span_sums + b * row.spans, row.spans, n.beam_score, logsumexp);
-    }
-    if (ptx::lane_id() != 0) continue;
-    row.normalisers[b] = n;
-    p.logsumexp[at] = logsumexp;
-  }
-  __syncthreads();
-}
-
-// Chooses the chunks to read again: at least those with the k best greatest logits. Returns a
-// candidate that at least k elements reach, all of them in these chunks.
-template <class T, bool kConstrained>
-FK_DEVICE Candidate rank(const Arguments& args, Storage& shared, const Row<T, kConstrained>& row) {
-  const uint32_t k = args.problem.k;
-  const bool all = row.total_chunks < k;
-  for (uint32_t c = threadIdx.x; c < row.total_chunks; c += kThreads) {
-    if (all) {
-      row.chosen[c] = c;
-    } else {
-      const uint32_t best = row.maxima[c];
-      const Normaliser n = row.normalisers[c / row.chunks];
-      row.keys[c] = kConstrained && best == 0 ? 0 : ordered(score(score_of(best), n));
-    }
-  }
-  if (threadIdx.x == 0) shared.count = all ? row.total_chunks : 0;
-  __syncthreads();
-  if (all) return 0;
-
-  const auto chunks = [&](auto&& f) {  // equal ones: the first is the better
-    for (uint32_t c = threadIdx.x; c < row.total_chunks; c += kThreads) {
-      f(candidate(row.keys[c], c));
-    }
-  };
-  Range range;
-  while (narrow(shared.select, range, k, chunks) > args.plan.chosen_limit) {
-  }
-  chunks([&](Candidate c) {
-    if (c >= range.low) row.chosen[atomicAdd(&shared.count, 1u)] = index_of(c);
-  });
-  __syncthreads();
-  // Elements equal to the threshold count up to the end of the last chunk that was chosen for being
-  // equal: each chosen chunk has one that is greater, or equal and not behind that.
-  const uint32_t last = min(index_of(range.low), row.total_chunks - 1);
-  const int64_t end = min((last % row.chunks + 1) * kChunk, row.vocab);
-  return candidate(ordered_of(range.low), last / row.chunks * row.vocab + end - 1);
-}
-
-// Calls f for this lane's elements of the warp's share of the chosen chunks, `more()` before each
-// chunk; stops where it says no. All lanes of a warp get there together.
+// Calls f for this lane's elements of the warp's share of the chosen chunks, but for those that
+// score less than `low`; `more()` before each chunk, stops where it says no. All lanes of a warp
+// get there together.
 template <class T, bool kConstrained, class F, class More>
-FK_DEVICE void each_chosen(const Row<T, kConstrained>& row, uint32_t count, F&& f, More&& more) {
-  const uint32_t warp = ptx::warp_id();
-  for (uint32_t i = warp; i < count && more(); i += kWarps) {
-    const uint32_t c = row.chosen[i], beam = c / row.chunks;
-    const int64_t start = c % row.chunks * kChunk;
-    const uint32_t flat = beam * row.vocab + start;
-    const uint32_t left = min(kChunk, row.vocab - start);
-    const Normaliser n = row.normalisers[beam];
-    const auto mask = row.mask(beam, c % row.chunks);
+FK_DEVICE void each_chosen(const Row<T, kConstrained>& row, Candidate low, F&& f, More&& more) {
+  const float least = score_of(ordered_of(low));
+  const uint32_t count = row.shared.chosen_count;
+  for (uint32_t i = ptx::warp_id(); i < count && more(); i += kWarps) {
+    const uint32_t place = row.chosen()[i], beam = place / row.places(),
+                   index = place % row.places();
+    const uint32_t flat = beam * row.vocab() + index * kChunk;
+    const Normaliser n = row.normalisers()[beam];
     Chunk<T> chunk;
-    load_chunk(chunk, row.beam(beam), c % row.chunks, row.vocab);
-    each_element(chunk, mask, [&](float x, uint32_t element) {
-      if (element < left) f(candidate(ordered(score(x, n)), flat + element));
+    load_chunk(chunk, row.beam(beam), index, row.vocab());
+    each_element(chunk, [&](float x, uint32_t element) {
+      if (score(x, n.shift, n.log_sum, n.beam_score) < least) return;  // as most do
+      if (row.may_take(place, element)) f(candidate(ordered(score(x, n)), flat + element));
     });
   }
 }
@@ -238,27 +124,26 @@ FK_DEVICE void each_chosen(const Row<T, kConstrained>& row, uint32_t count, F&& 
 template <class T, bool kConstrained>
 FK_DEVICE uint32_t gather(const Arguments& args, Storage& shared, const Row<T, kConstrained>& row,
                           Candidate low) {
-  const uint32_t k = args.problem.k, capacity = args.plan.capacity, chunks = shared.count;
-  const auto elements = [&](auto&& f) { each_chosen(row, chunks, f, [] { return true; }); };
+  const uint32_t k = args.problem.k, capacity = args.plan.capacity;
   Range range;
   range.low = low;
+  const auto elements = [&](auto&& f) { each_chosen(row, range.low, f, [] { return true; }); };
   for (;;) {
-    __syncthreads();
-    if (threadIdx.x == 0) shared.count = 0;
-    __syncthreads();
     bool full = false;
     const auto add = [&](Candidate c) {
       if (c < range.low || full) return;
       const uint32_t slot = atomicAdd(&shared.count, 1u);
       full = slot >= capacity;
-      if (!full) row.candidates[slot] = c;
+      if (!full) row.candidates()[slot] = c;
     };
-    each_chosen(row, chunks, add, [&] { return !__any_sync(ptx::kAllLanes, full); });
+    each_chosen(row, range.low, add, [&] { return !__any_sync(ptx::kAllLanes, full); });
     __syncthreads();
     const uint32_t count = shared.count;
     if (count <= capacity) return count;
     while (narrow(shared.select, range, k, elements) > capacity) {
     }
+    if (ptx::thread_id() == 0) shared.count = 0;
+    __syncthreads();
   }
 }
 
@@ -267,22 +152,22 @@ FK_DEVICE void choose(const Arguments& args, const Row<T, kConstrained>& row, ui
   const TopkParams& p = args.problem;
   uint32_t size = 1;
   while (size < count) size *= 2;
-  for (uint32_t i = count + threadIdx.x; i < size; i += kThreads) row.candidates[i] = kNobody;
+  for (uint32_t i = count + ptx::thread_id(); i < size; i += kThreads)
+    row.candidates()[i] = kNobody;
   __syncthreads();
-  sort(row.candidates, size);
+  sort(row.candidates(), size);
   for (uint32_t i = threadIdx.x; i < p.k; i += kThreads) {
-    put(p, row.index * p.k + i, i < size ? row.candidates[i] : kNobody);
+    put(p, row.index * p.k + i, i < size ? row.candidates()[i] : kNobody);
   }
 }
 
 template <class T, bool kConstrained>
 __global__ void __launch_bounds__(kThreads, 2) topk(const __grid_constant__ Arguments args) {
-  auto& shared = ptx::shared_storage<StorageOf<kConstrained>>();
-  const uint32_t splits = args.plan.splits, index = blockIdx.x / splits;
-  const Row<T, kConstrained> row(args, shared, index);
-  scan(args, row, blockIdx.x % splits);
-  if (!comes_last(args, shared, index)) return;
-  normalise(args, row);
+  auto& shared = ptx::shared_storage<Storage>();
+  const Row<T, kConstrained> row(args, shared, blockIdx.x / args.plan.splits);
+  scan(args, shared, row);
+  end_beams(args, row);
+  if (!comes_last(args, shared, row.index)) return;
   const Candidate low = rank(args, shared, row);
   choose(args, row, gather(args, shared, row, low));
 }
@@ -300,7 +185,7 @@ void launch(const Arguments& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.plan.blocks));
   const Constraints& c = args.problem.constraints;
   if (c.nodes != nullptr || c.excluded != nullptr) {
-    ptx::launch(topk<T, true>, {grid, kThreads, sizeof(ConstrainedStorage)}, stream, args);
+    ptx::launch(topk<T, true>, {grid, kThreads, sizeof(Storage)}, stream, args);
   } else {
     ptx::launch(topk<T, false>, {grid, kThreads, sizeof(Storage)}, stream, args);
   }
@@ -321,7 +206,7 @@ void beam_topk(const beam::TopkParams& params, void* workspace, GpuStream stream
   beam::sm80::Arguments args{params, beam::sm80::plan_here(params),
                              static_cast<unsigned char*>(workspace), nullptr};
   if (args.plan.splits > 1) {
-    args.tickets = beam::sm80::tickets_for(stream, params.batch, static_cast<int*>(workspace));
+    args.tickets = beam::sm80::tickets_for(stream, args.plan.tickets, static_cast<int*>(workspace));
   }
   switch (params.dtype) {
     case DType::kBFloat16:

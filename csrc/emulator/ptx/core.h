@@ -29,6 +29,7 @@ T* opaque(T* p) {
   return p;
 }
 
+inline uint32_t thread_id() { return threadIdx.x; }
 inline uint32_t lane_id() { return emulator::lane(); }
 inline uint32_t warp_id() { return emulator::warp(); }
 

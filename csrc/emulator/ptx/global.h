@@ -30,4 +30,6 @@ FK_UNWATCHED int add_acquire_release(int* p, int value, Site site = Site::curren
   return old;
 }
 
+inline void prefetch(const void*) {}
+
 }  // namespace flashkern::ptx
