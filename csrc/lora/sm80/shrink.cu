@@ -153,9 +153,9 @@ void shrink(const ShrinkParams& call, void* workspace, cudaStream_t stream) {
   Params p{call, false, false, parts.step, call.out, nullptr};
   if (parts.count > 1) {
     const int64_t sums = padded_bytes(4 * parts.count * call.rows * call.rank);
-    auto* in_graph = reinterpret_cast<int*>(static_cast<char*>(workspace) + sums);
+    auto* in_workspace = reinterpret_cast<int*>(static_cast<char*>(workspace) + sums);
     p.out = static_cast<float*>(workspace);
-    p.tickets = beam::sm80::tickets_for(stream, int64_t{grid.x} * grid.z, in_graph);
+    p.tickets = beam::sm80::tickets_for(stream, int64_t{grid.x} * grid.z, in_workspace);
   }
   for_dtype(call.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
