@@ -100,7 +100,8 @@ def check(
         # What cancels in gradients is as large as dO V^T: sums over value_dim unit normals, the
         # greatest of many.
         cancels = 1.0 if place < 2 or mine.dtype in HALF else 3 * tensors[2].shape[-1] ** 0.5
-        floor = unit * max(cancels, want.abs().max().item())
+        luck = 3 if want.numel() < 10 else 1  # how near torch comes to a few sums
+        floor = luck * unit * max(cancels, want.abs().max().item())
         assert error.abs().max() <= 2 * allowed.abs().max() + floor, f"result {place}"
         if want.numel() >= MANY and once and mine.dtype in HALF:
             assert rms(error) <= 1.25 * rms(allowed), f"result {place}: mean square"

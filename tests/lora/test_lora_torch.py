@@ -152,7 +152,7 @@ BAD = [
     (dict(x=None), TypeError, "x must be a tensor, got NoneType"),
     (dict(x=torch.int32), TypeError, "x must have dtype float32, bfloat16, float16, float64"),
     (dict(weight=torch.float16), TypeError, "weight must have dtype float32, got float16"),
-    (dict(lora_a=torch.bfloat16), TypeError, "lora_a must have dtype float32, float32"),
+    (dict(lora_a=torch.bfloat16), TypeError, "lora_a must have dtype float32, got bfloat16"),
     (dict(lora_b=torch.float64), TypeError, "lora_b must have dtype float32, got float64"),
 ]
 
