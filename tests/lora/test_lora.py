@@ -84,7 +84,7 @@ def as_peft_does(scaling: float):
 
 
 def close(got: Tensor, peer: Tensor, exact: Tensor, what: str) -> None:
-    """At most twice PyTorch's error in the same dtype, with room for a rounding of both products."""
+    """At most twice PyTorch's error in that dtype, with room for a rounding of both products."""
     assert got.dtype == peer.dtype and got.shape == peer.shape, what
     if exact.numel() == 0:
         return
