@@ -98,7 +98,7 @@ def measure(threads: int, seconds: float = 1.5) -> Roof:
     sizes = [size for size in READ_BYTES if size >= 1024 * threads]
     read = {size: _host.read_peak(size, threads, 2 * part / len(sizes)) for size in sizes}
     fma, pairs = (_host.fma_peak(threads, part / 2, pairs=pairs) for pairs in (False, True))
-    bf16 = pairs if flashkern.cpu_isa() == "avx512_bf16" else 0.0
+    bf16 = pairs if flashkern.cpu_isa().endswith("_bf16") else 0.0
     return Roof(threads, fma, _gemm(threads, part), read, bf16=bf16)
 
 

@@ -25,8 +25,8 @@ if FORCED_ISA:  # asked here: the library itself would look at its first kernel,
         ops.cpu_isa(FORCED_ISA)
     except RuntimeError:
         raise ImportError(
-            "flashkern: FLASHKERN_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, one that "
-            f"this CPU and build have, got {FORCED_ISA!r}"
+            "flashkern: FLASHKERN_CPU_ISA must be portable, avx2, avx512, avx512_bf16 or amx_bf16, "
+            f"one that this CPU and build have, got {FORCED_ISA!r}"
         ) from None
 
 
@@ -36,8 +36,8 @@ def has_kernel(name: str, device: str) -> bool:
 
 
 def cpu_isa(name: str = "") -> str:
-    """Returns the CPU instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"`` or that
-    with products of bfloat16 pairs, ``"avx512_bf16"``.
+    """Returns the CPU instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"``, that
+    with products of bfloat16 pairs, ``"avx512_bf16"``, or with AMX's of tiles, ``"amx_bf16"``.
 
     Args:
         name: an instruction set to use from now on, or ``"best"`` for the best one that this CPU
@@ -49,7 +49,7 @@ def cpu_isa(name: str = "") -> str:
 
     Example:
         >>> import flashkern
-        >>> flashkern.cpu_isa() in ("portable", "avx2", "avx512", "avx512_bf16")
+        >>> flashkern.cpu_isa() in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
         True
     """
     try:

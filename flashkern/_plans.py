@@ -38,10 +38,12 @@ def _attention_facts(
         why = f"{few}, at most {limit}: the cache is streamed"
     else:
         why = f"{few}, more than {limit}: products of tiles"
-        plan["pairs"] = query.dtype == torch.bfloat16 and cpu_isa() == "avx512_bf16"
-        why += ", of bfloat16 in pairs" if plan["pairs"] else ""
+        plan["pairs"] = query.dtype == torch.bfloat16 and cpu_isa() in _PAIRS
+        why += _PAIRS[cpu_isa()] if plan["pairs"] else ""
     return {**plan, "why": why}
 
+
+_PAIRS = {"avx512_bf16": ", of bfloat16 in pairs", "amx_bf16": ", of bfloat16 pairs by AMX"}
 
 _ATTENTION_FORMS = {
     "few": "one warp, keys and values two tiles ahead",

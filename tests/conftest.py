@@ -34,7 +34,7 @@ EMULATED = _ops.BACKEND == "emulated"
 
 def available_isas() -> list[str]:
     names = []
-    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
+    for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"):
         try:
             flashkern.cpu_isa(name)
             names.append(name)

@@ -44,7 +44,11 @@ void check_threads(int threads) {
 
 double fma_peak(int threads, double seconds, bool pairs) {
   check_threads(threads);
-  const double flops_of_lane = pairs && active_isa() == Isa::kAvx512Bf16 ? 4 : 2;
+  const Isa isa = active_isa();
+  const double flops_of_lane = pairs && isa == Isa::kAvx512Bf16 ? 4 : 2;
+  const double flops_of_round = pairs && isa == Isa::kAmxBf16
+                                    ? kFlopsOfTile * kPeakTiles
+                                    : flops_of_lane * kFmaChains * isa_lanes(isa);
   pybind11::gil_scoped_release release;
   std::vector<float> sinks(threads * 16);  // a cache line each
   const auto run = [&](int64_t rounds) {
@@ -62,8 +66,7 @@ double fma_peak(int threads, double seconds, bool pairs) {
       rounds *= 2;  // too short to hide the threads' start
       continue;
     }
-    const double flops = flops_of_lane * kFmaChains * isa_lanes(active_isa()) * rounds * threads;
-    best = std::max(best, flops / took);
+    best = std::max(best, flops_of_round * rounds * threads / took);
   }
   return best;
 }

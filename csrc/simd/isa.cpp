@@ -7,10 +7,23 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace flashkern {
 namespace {
+
+#ifdef FK_BUILD_AMX_BF16
+// The tiles are 8 KiB that Linux keeps for a thread only where the process has asked for them.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool tile = edx >> 24 & 1, bfloat16 = edx >> 22 & 1;
+  return tile && bfloat16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 bool runs_here(Isa isa) {
   switch (isa) {
@@ -31,20 +44,26 @@ bool runs_here(Isa isa) {
       return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef FK_BUILD_AMX_BF16
+    case Isa::kAmxBf16: {
+      static const bool tiles = may_use_tiles();
+      return tiles && runs_here(Isa::kAvx512Bf16);
+    }
+#endif
     default:
       return false;
   }
 }
 
 Isa best_isa() {
-  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
+  for (Isa isa : {Isa::kAmxBf16, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
     if (runs_here(isa)) return isa;
   }
   return Isa::kPortable;
 }
 
 bool find_isa(const char* name, Isa* found) {
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16}) {
     if (std::strcmp(name, isa_name(isa)) == 0 && runs_here(isa)) {
       *found = isa;
       return true;
@@ -83,12 +102,12 @@ bool set_isa(const char* name) {
 }
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
   return kNames[static_cast<int>(isa)];
 }
 
 int isa_lanes(Isa isa) {
-  constexpr int kLanes[] = {4, 8, 16, 16};
+  constexpr int kLanes[] = {4, 8, 16, 16, 16};
   return kLanes[static_cast<int>(isa)];
 }
 

@@ -11,7 +11,7 @@ namespace flashkern {
 struct FmaParams {
   int64_t rounds;  // of kFmaChains vector multiply-adds
   float* sink;     // one float: keeps the compiler from dropping the loop
-  bool pairs;      // of bfloat16 pairs, two in a lane, where the ISA has them
+  bool pairs;      // of bfloat16 pairs, in lanes or in tiles, where the ISA has them
 };
 
 struct ReadParams {
@@ -25,9 +25,14 @@ struct ReadParams {
 // with the two factors, fit AVX2's 16 registers.
 inline constexpr int kFmaChains = 12;
 
+// Products of tiles in a round: each depends on the one before in its tile, whose latency is less
+// than that of four.
+inline constexpr int kPeakTiles = 6;
+inline constexpr double kFlopsOfTile = 2 * 16 * 16 * 32;
+
 }  // namespace flashkern
 
 namespace flashkern {
-FK_CPU_KERNEL(fma_loop, FmaParams)
-FK_CPU_KERNEL(read_loop, ReadParams)
+FK_TILE_KERNEL(fma_loop, FmaParams)
+FK_TILE_KERNEL(read_loop, ReadParams)
 }  // namespace flashkern

@@ -231,7 +231,7 @@ inline void store_partial(float* p, VecF x, int n) {
 // ---- pairs of bfloat16: a lane holds two neighbours of a sum, the first in its low half ----
 
 // Whether the ISA multiplies them, twice as many in an instruction as floats.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(FK_TILES)
 inline constexpr bool kMultipliesPairs = true;
 #else
 inline constexpr bool kMultipliesPairs = false;

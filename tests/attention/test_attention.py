@@ -86,7 +86,7 @@ def check(
     fixed = {} if keep is None else {"keep": keep}
     exact = define(torch.float64, tensors, **options, **fixed)
     gpu = _ops.BACKEND == "emulated" or device.type == "cuda"
-    pairs = dtype == torch.bfloat16 and fk.cpu_isa() == "avx512_bf16"
+    pairs = dtype == torch.bfloat16 and fk.cpu_isa() in ("avx512_bf16", "amx_bf16")
     once = dtype in HALF and not gpu and not few_keys and not pairs
     plain = define(torch.float32 if once else dtype, tensors, **options, **fixed)
     torch.manual_seed(7)

@@ -47,7 +47,7 @@ def test_the_better_of_two_measurements_counts():
 def test_a_record_says_where_it_was_made():
     record = machine.describe(2, "wall")
     assert record["cores"] >= 1 and record["threads"] == 2
-    assert record["isa"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert record["isa"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     assert record["versions"]["torch"] and "commit" in record and "gpu" in record
 
 

@@ -156,9 +156,13 @@ void backward(const BackwardParams& p, const Threads& threads) {
 
 void attention_backward(const flashkern::attention::BackwardParams& p, const Threads& threads) {
   using namespace attention;
-  if (p.dtype == DType::kFloat32) return backward<float>(p, threads);
   if (p.dtype == DType::kBFloat16) return backward<BFloat16>(p, threads);
+#ifdef FK_TILES_ALONE
+  avx512_bf16::attention_backward(p, threads);
+#else
+  if (p.dtype == DType::kFloat32) return backward<float>(p, threads);
   backward<Half>(p, threads);
+#endif
 }
 
 }  // namespace flashkern::FK_ISA

@@ -6,7 +6,7 @@
 
 namespace flashkern {
 
-FK_CPU_KERNEL(attention_backward, flashkern::attention::BackwardParams)
+FK_TILE_KERNEL(attention_backward, flashkern::attention::BackwardParams)
 FK_CPU_KERNEL(attention_backward_float64, flashkern::attention::BackwardParams)
 
 }  // namespace flashkern

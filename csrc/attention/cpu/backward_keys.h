@@ -51,8 +51,6 @@ class Tickets {
 
 template <class T>
 class KeyBlock {
-  using A = Factor<T>;
-
  public:
   KeyBlock(const BackwardParams& p, Tickets& tickets, const Tiles& tiles, const Sequence& s,
            int64_t kv_head, int64_t block)
@@ -68,6 +66,7 @@ class KeyBlock {
 
   // `tensor_keys`: rows of this sequence's key tensor; those past its length get zeros.
   void run(int64_t tensor_keys) {
+    [[maybe_unused]] const std::conditional_t<kInTiles<T>, TileScope, Nothing> tiles;
     const Interval rows = band_.rows(begin_, begin_ + live_);
     if (!rows.empty()) pack();
     std::fill_n(t_.grad_keys, t_.keys * t_.head_row, 0.f);
@@ -120,17 +119,19 @@ class KeyBlock {
     whole_ = all.begin <= begin_ && all.end >= begin_ + live_;
     load_rows(head);
     const int64_t grain = whole_ ? rows_ : kMaskedRows;
-    for (int64_t i = 0; i < rows_; i += grain) {
-      const Step step = step_of(i, std::min(i + grain, rows_));
-      score(step);
-      softmax_gradient(head, step);
-    }
+    const auto each_step = [&](auto&& fn) {
+      for (int64_t i = 0; i < rows_; i += grain) fn(step_of(i, std::min(i + grain, rows_)));
+    };
+    each_step([&](const Step& c) {
+      score(c);
+      softmax_gradient(head, c);
+    });
     if constexpr (kInPairs<T>) round_tiles();
     key_products();
+    if constexpr (kInTiles<T>) each_step([&](const Step& c) { query_product(head, c); });
     if (block_ > 0 && meets(q, block_ - 1)) tickets_.wait(s_.batch, head, q, block_);
-    for (int64_t i = 0; i < rows_; i += grain) {
-      query_product(head, step_of(i, std::min(i + grain, rows_)));
-    }
+    each_step(
+        [&](const Step& c) { kInTiles<T> ? add_query_product(head, c) : query_product(head, c); });
     tickets_.pass(s_.batch, head, q, block_);
   }
 
@@ -158,7 +159,12 @@ class KeyBlock {
     const T* grad = row_of<T>(p_.grad_output, s_, s_.q_start, head, first_);
     lay_rows(query, p_.query.row, rows_, p_.head_dim, t_.query, t_.head_row);
     lay_rows(grad, p_.grad_output.row, rows_, p_.value_dim, t_.grad, t_.value_row);
-    if constexpr (kInPairs<T>) {
+    if constexpr (kInTiles<T>) {
+      copy_left(query, p_.query.row, rows_, p_.head_dim, t_.query_left);
+      copy_left(grad, p_.grad_output.row, rows_, p_.value_dim, t_.grad_left);
+      query_ = {t_.query_left, t_.head_depth};
+      grad_ = {t_.grad_left, t_.value_depth};
+    } else if constexpr (kInPairs<T>) {
       query_ = {query, p_.query.row};
       grad_ = {grad, p_.grad_output.row};
     } else {
@@ -174,47 +180,56 @@ class KeyBlock {
 
   // S and dP.
   void score(const Step& c) {
-    const int64_t columns = pad_lanes(c.right) - c.left, at = c.begin * t_.score_row + c.left;
+    const int64_t columns = pad_columns(c.right) - c.left, at = c.begin * t_.score_row + c.left;
     if (columns <= 0) return;
-    gemm<false, A>(c.end - c.begin, columns, p_.head_dim / kStep<T>,
-                   {query_.data + c.begin * query_.row, query_.row, kStep<T>, t_.keys_t + c.left,
-                    t_.score_row, t_.scores + at, t_.score_row, query_factor(p_)});
-    gemm<false, A>(c.end - c.begin, columns, p_.value_dim / kStep<T>,
-                   {grad_.data + c.begin * grad_.row, grad_.row, kStep<T>, t_.values_t + c.left,
-                    t_.score_row, t_.grad_scores + at, t_.score_row});
+    const auto product = [&](const Left<T>& rows, int64_t depth, const float* keys, float* to,
+                             float factor) {
+      multiply<T, false>(c.end - c.begin, columns, depth,
+                         {rows.data + c.begin * rows.row, rows.row}, {keys + c.left, t_.score_row},
+                         to + at, t_.score_row, factor);
+    };
+    product(query_, p_.head_dim, t_.keys_t, t_.scores, query_factor(p_));
+    product(grad_, p_.value_dim, t_.values_t, t_.grad_scores, 1);
   }
 
   // S becomes P (as dropout leaves it), dP becomes dS.
   void softmax_gradient(int64_t head, const Step& c) {
     const bool plain = p_.softcap == 0 && p_.alibi_slopes == nullptr &&
                        p_.bias.kind == BiasKind::kNone && p_.dropout_p == 0;
+    const float unit = factor_left<T>(query_factor(p_));
     for (int64_t i = c.begin; i < c.end; ++i) {
       const Interval keys = band_.keys(first_ + i);
-      const RowSpan span{c.left, pad_lanes(c.right), std::max<int64_t>(keys.begin - begin_, 0),
-                         std::min(keys.end - begin_, live_), pad_lanes(live_)};
+      const RowSpan span{c.left, pad_columns(c.right), std::max<int64_t>(keys.begin - begin_, 0),
+                         std::min(keys.end - begin_, live_), pad_columns(live_)};
       float* s = t_.scores + i * t_.score_row;
       float* g = t_.grad_scores + i * t_.score_row;
       if (!whole_) clear_outside(s, g, span);
       if (!plain) {
         general_row(s, g, t_.lse[i], delta_[i], span, extras_of(head, first_ + i));
       } else if (span.first > span.begin || span.last < span.end) {
-        plain_row<true>(s, g, t_.lse[i], delta_[i], span);
+        plain_row<true>(s, g, unit, t_.lse[i], delta_[i], span);
       } else {
-        plain_row<false>(s, g, t_.lse[i], delta_[i], span);
+        plain_row<false>(s, g, unit, t_.lse[i], delta_[i], span);
       }
     }
   }
 
   // P and dS as operands in bfloat16.
   void round_tiles() {
-    const int64_t columns = pad_lanes(live_);
+    const int64_t columns = pad_columns(live_);
     round_tile(t_.grad_scores, t_.score_row, rows_, columns, t_.grad_rows);
+    if constexpr (kInTiles<T>) {
+      round_columns(t_.scores, t_.score_row, rows_, columns, t_.scores_left);
+      round_columns(t_.grad_scores, t_.score_row, rows_, columns, t_.grads_left);
+      return;
+    }
     round_up_pairs(t_.scores, t_.score_row, rows_, columns);
     round_up_pairs(t_.grad_scores, t_.score_row, rows_, columns);
   }
 
   RowExtras extras_of(int64_t head, int64_t row) {
     RowExtras x;
+    x.unit = factor_left<T>(query_factor(p_));
     if (p_.softcap > 0) x.softcap = static_cast<float>(p_.softcap * kLog2e);
     if (p_.bias.kind != BiasKind::kNone || p_.alibi_slopes != nullptr) {
       x.addend = t_.addend;
@@ -237,7 +252,7 @@ class KeyBlock {
   }
 
   void fill_addend(int64_t head, int64_t row) {
-    std::fill_n(t_.addend, pad_lanes(live_), 0.f);
+    std::fill_n(t_.addend, pad_columns(live_), 0.f);
     if (p_.bias.kind != BiasKind::kNone) {
       bias_row(p_, s_.batch, head, row, begin_, live_, 1, t_.addend);
     }
@@ -261,37 +276,68 @@ class KeyBlock {
         rows = {std::max<int64_t>(rows.begin - first_, 0), std::min(rows.end - first_, rows_)};
       }
       if (rows.empty()) continue;
-      const int64_t first = rows.begin / kStep<T>, steps = blocks_of(rows.end, kStep<T>) - first;
-      const int64_t at = first * t_.score_row + j;
-      gemm<true, A>(end - j, p_.value_dim, steps,
-                    {operand(t_.scores + at), kStep<T>, kStep<T> * t_.score_row,
-                     t_.grad + first * t_.value_row, t_.value_row,
-                     t_.grad_values + j * t_.value_row, t_.value_row});
-      gemm<true, A>(end - j, p_.head_dim, steps,
-                    {operand(t_.grad_scores + at), kStep<T>, kStep<T> * t_.score_row,
-                     t_.query + first * t_.head_row, t_.head_row, t_.grad_keys + j * t_.head_row,
-                     t_.head_row});
+      // Whole steps of a sum: P and dS are zeros outside the band.
+      constexpr int64_t kUnit = kInTiles<T> ? kTileDepth : kStep<T>;
+      const int64_t first = rows.begin / kUnit * kUnit, at = first / kStep<T>;
+      const auto product = [&](const Left<T>& left, const float* right, int64_t row, int64_t n,
+                               float* sums) {
+        multiply<T, true>(end - j, n, rows.end - first, left, {right + at * row, row},
+                          sums + j * row, row);
+      };
+      product(transposed(t_.scores, t_.scores_left, first, j), t_.grad, t_.value_row, p_.value_dim,
+              t_.grad_values);
+      product(transposed(t_.grad_scores, t_.grads_left, first, j), t_.query, t_.head_row,
+              p_.head_dim, t_.grad_keys);
     }
   }
 
-  static const Factor<T>* operand(const float* tile) {
-    return reinterpret_cast<const Factor<T>*>(tile);
+  // A tile of scores from row `first` and key j on, with keys for rows.
+  Left<T> transposed(const float* scores, const BFloat16* left, int64_t first, int64_t j) const {
+    if constexpr (kInTiles<T>) return {left + j * kTileRows + first, kTileRows};
+    const int64_t at = first / kStep<T> * t_.score_row + j;
+    return {reinterpret_cast<const Factor<T>*>(scores + at), kStep<T>, kStep<T> * t_.score_row};
   }
 
-  // dQ += dS (scale K), in place.
+  // dQ += dS (scale K), in place; a product of tiles waits beside it for its turn.
   void query_product(int64_t head, const Step& c) {
     if (c.right <= c.left) return;
-    float* sums = row_of<float>(p_.query_sums, s_, head, first_ + c.begin);
-    const int64_t at = c.begin * t_.score_row + c.left;
-    const A* from = nullptr;
+    const int64_t at = c.begin * t_.score_row + c.left, row = t_.head_row;
+    Left<T> left{nullptr, t_.score_row};
     if constexpr (kInPairs<T>) {
-      from = t_.grad_rows + at;
+      left.data = t_.grad_rows + at;
     } else {
-      from = t_.grad_scores + at;
+      left.data = t_.grad_scores + at;
     }
-    gemm<true, A>(c.end - c.begin, p_.head_dim, blocks_of(c.right - c.left, kStep<T>),
-                  {from, t_.score_row, kStep<T>, t_.keys_scaled + c.left / kStep<T> * t_.head_row,
-                   t_.head_row, sums, p_.query_sums.row, static_cast<float>(p_.scale)});
+    const Right right{t_.keys_scaled + c.left / kStep<T> * row, row};
+    const int64_t rows = c.end - c.begin, keys = c.right - c.left;
+    if constexpr (kInTiles<T>) {
+      multiply<T, false>(rows, p_.head_dim, keys, left, right, t_.query_product + c.begin * row,
+                         row);
+    } else {
+      multiply<T, true>(rows, p_.head_dim, keys, left, right, query_sums(head, c.begin),
+                        p_.query_sums.row, static_cast<float>(p_.scale));
+    }
+  }
+
+  void add_query_product(int64_t head, const Step& c) {
+    if (c.right <= c.left) return;
+    const VecF scale = broadcast(static_cast<float>(p_.scale));
+    for (int64_t i = c.begin; i < c.end; ++i) {
+      const float* from = t_.query_product + i * t_.head_row;
+      float* to = query_sums(head, i);
+      int64_t d = 0;
+      for (; d + kLanes <= p_.head_dim; d += kLanes) {
+        store(to + d, fma(load(from + d), scale, load(to + d)));
+      }
+      const int tail = static_cast<int>(p_.head_dim - d);
+      if (tail > 0) {
+        store_partial(to + d, fma(load(from + d), scale, load_partial(to + d, tail)), tail);
+      }
+    }
+  }
+
+  float* query_sums(int64_t head, int64_t row) const {
+    return row_of<float>(p_.query_sums, s_, head, first_ + row);
   }
 
   const BackwardParams& p_;
@@ -305,10 +351,7 @@ class KeyBlock {
   int64_t first_ = 0, rows_ = 0;
   bool whole_ = false;
   const float* delta_ = nullptr;
-  struct Operand {
-    const A* data;
-    int64_t row;
-  } query_{}, grad_{};
+  Left<T> query_{}, grad_{};
 };
 
 }  // namespace flashkern::FK_ISA::attention

@@ -207,13 +207,13 @@ void run_forward(const ForwardParams& p, const Threads& threads) {
 }  // namespace attention
 
 void attention_forward(const flashkern::attention::ForwardParams& p, const Threads& threads) {
-  if (p.dtype == DType::kFloat32) {
-    attention::run_forward<float>(p, threads);
-  } else if (p.dtype == DType::kBFloat16) {
-    attention::run_forward<BFloat16>(p, threads);
-  } else {
-    attention::run_forward<Half>(p, threads);
-  }
+  if (p.dtype == DType::kBFloat16) return attention::run_forward<BFloat16>(p, threads);
+#ifdef FK_TILES_ALONE
+  avx512_bf16::attention_forward(p, threads);  // the other types are not multiplied by tiles
+#else
+  if (p.dtype == DType::kFloat32) return attention::run_forward<float>(p, threads);
+  attention::run_forward<Half>(p, threads);
+#endif
 }
 
 }  // namespace flashkern::FK_ISA

@@ -6,7 +6,7 @@
 
 namespace flashkern {
 
-FK_CPU_KERNEL(attention_forward, flashkern::attention::ForwardParams)
+FK_TILE_KERNEL(attention_forward, flashkern::attention::ForwardParams)
 FK_CPU_KERNEL(attention_forward_float64, flashkern::attention::ForwardParams)
 FK_CPU_KERNEL(attention_append, flashkern::attention::AppendParams)
 

@@ -5,70 +5,17 @@
 //   out       E x M     accumulators, transposed too
 //   scores    128 x kPanel, twice where there is a bias
 //   staged    128 x D keys and 128 x E values that cannot be multiplied where they lie: those of
-//             16 bits, in pages, and values in pairs
+//             16 bits, in pages, and values in pairs or for tiles
 // With D = E = 64 and M = 128 that is 80 KiB beside 64 KiB of keys and values, and twice as much
 // with D = E = 128: half of an L2 of 512 KiB. Scores never leave L1.
 #pragma once
 
 #include "attention/cpu/panel.h"
 #include "attention/cpu/results.h"
+#include "attention/cpu/stage.h"
 #include "attention/cpu/task.h"
-#include "simd/transpose.h"
 
 namespace flashkern::FK_ISA::attention {
-
-// Rows [begin, end) of keys or values, to be multiplied: in place, or widened and gathered into
-// `staged`.
-template <class T>
-inline Rows<T> stage_rows(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
-                          float* staged) {
-  if constexpr (std::is_same_v<T, Factor<T>>) {
-    const auto run = from.run(begin, end);
-    if (run.end == end) return {run.rows, from.row};
-  }
-  auto* out = reinterpret_cast<Factor<T>*>(staged);
-  for (int64_t j = begin; j < end;) {
-    const auto run = from.run(j, end);
-    const T* row = run.rows;
-    for (; j < run.end; ++j, row += from.row, out += dim) {
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d));
-      if (d < dim) {
-        const int tail = static_cast<int>(dim - d);
-        store_partial(out + d, load_partial(row + d, tail), tail);
-      }
-    }
-  }
-  return {reinterpret_cast<Factor<T>*>(staged), dim};
-}
-
-// Rows [begin, end) two by two: pair (2j, 2j + 1) of element d is staged[j * dim + d].
-template <class T>
-inline Rows<T> stage_pairs(const KeyRows<T>& from, int64_t begin, int64_t end, int64_t dim,
-                           float* staged) {
-  const auto row = [&](int64_t j) { return j < end ? from.run(j, j + 1).rows : nullptr; };
-  float* out = staged;
-  for (int64_t j = begin; j < end; j += 2, out += dim) join_rows(row(j), row(j + 1), dim, out);
-  return {reinterpret_cast<const Factor<T>*>(staged), dim};
-}
-
-// Queries of one panel, transposed to [head_dim / kStep][kPanel].
-template <class T>
-inline void pack_queries(const HeadView& view, const PanelRows& rows, float factor, float* out) {
-  const Problem& p = *view.problem;
-  for (int v = 0; v < kPanel; v += kLanes) {
-    const auto row = [&](int lane) {
-      const T* at = query_row<T>(p.query, view, rows.batch[v + lane], rows.head[v + lane],
-                                 rows.query[v + lane]);
-      if constexpr (kInPairs<T>) {
-        return reinterpret_cast<const BFloat16Pair*>(at);
-      } else {
-        return at;
-      }
-    };
-    transpose_rows(row, kLanes, p.head_dim / kStep<T>, factor, out + v, kPanel);
-  }
-}
 
 template <class T>
 class MatrixTask {
@@ -76,23 +23,25 @@ class MatrixTask {
   MatrixTask(const ForwardParams& p, const HeadView& view, const TaskRange& range, Scratch& scratch)
       : p_(p), view_(view), range_(range) {
     panels_ = static_cast<int>(ceil_div(range.row_end - range.row_begin, kPanel));
-    const int64_t query_size = p.head_dim / kStep<T> * kPanel, out_size = p.value_dim * kPanel;
-    query_size_ = query_size;
+    query_size_ = padded_depth<T>(p.head_dim) / kStep<T> * kPanel;
     const bool bias = p.bias.kind != BiasKind::kNone;
     const int64_t tile = kKeyBlock * kPanel;
     row_size_ = round_up(p.value_dim, kLanes);
-    scratch.reset(panels_ * (query_size + out_size) + 2 * tile + kPanel * row_size_ +
-                  kKeyBlock * (p.head_dim + p.value_dim));
-    queries_ = scratch.take(panels_ * query_size);
-    out_ = scratch.take(panels_ * out_size);
+    out_size_ = row_size_ * kPanel;
+    const int64_t keys = staged_keys<T>(p.head_dim), values = staged_values<T>(p.value_dim);
+    scratch.reset(panels_ * (query_size_ + out_size_) + 2 * tile + kPanel * row_size_ + keys +
+                  values);
+    queries_ = scratch.take(panels_ * query_size_);
+    out_ = scratch.take(panels_ * out_size_);
     out_rows_ = scratch.take(kPanel * row_size_);
     tile_.scores = scratch.take(tile);
     tile_.bias = bias ? scratch.take(tile) : nullptr;
-    staged_keys_ = scratch.take(kKeyBlock * p.head_dim);
-    staged_values_ = scratch.take(kKeyBlock * p.value_dim);
+    staged_keys_ = scratch.take(keys);
+    staged_values_ = scratch.take(values);
   }
 
   void run() {
+    [[maybe_unused]] const std::conditional_t<kInTiles<T>, TileScope, Nothing> tiles;
     for (int i = 0; i < panels_; ++i) {
       rows_[i].set(view_, range_.row_begin + i * kPanel, range_.row_end);
       states_[i].reset();
@@ -124,12 +73,8 @@ class MatrixTask {
     // Starts at a multiple of 4 keys, for the dropout's counters.
     const int64_t first = std::max(view_.band.first_key(rows_[0].first_query), begin) / 4 * 4;
     const KeyRows<T> keys(p_, p_.key, view_), values(p_, p_.value, view_);
-    KeyTile<T> tile{stage_rows(keys, first, end, p_.head_dim, staged_keys_), {}, first};
-    if constexpr (kInPairs<T>) {
-      tile.values = stage_pairs(values, first, end, p_.value_dim, staged_values_);
-    } else {
-      tile.values = stage_rows(values, first, end, p_.value_dim, staged_values_);
-    }
+    const KeyTile<T> tile{stage_keys<T>(keys, first, end, p_.head_dim, staged_keys_),
+                          stage_values<T>(values, first, end, p_.value_dim, staged_values_), first};
     for (int i = 0; i < panels_; ++i) {
       const Interval seen = view_.band.some_keys(rows_[i].first_query, rows_[i].last_query + 1);
       const int64_t from = std::max(seen.begin / 4 * 4, first), to = std::min(seen.end, end);
@@ -150,13 +95,13 @@ class MatrixTask {
   }
 
   float* queries(int i) { return queries_ + i * query_size_; }
-  float* out(int i) { return out_ + i * p_.value_dim * kPanel; }
+  float* out(int i) { return out_ + i * out_size_; }
 
   const ForwardParams& p_;
   const HeadView& view_;
   const TaskRange& range_;
   int panels_;
-  int64_t query_size_, row_size_;
+  int64_t query_size_, out_size_, row_size_;
   PanelRows rows_[kMaxTaskRows / kPanel];
   PanelState states_[kMaxTaskRows / kPanel];
   float *queries_, *out_, *out_rows_, *staged_keys_, *staged_values_;

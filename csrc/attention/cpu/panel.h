@@ -20,6 +20,7 @@
 // vectors each.
 #pragma once
 
+#include "attention/cpu/product.h"
 #include "attention/cpu/scores.h"
 #include "attention/plan.h"
 
@@ -40,33 +41,33 @@ struct PanelState {
   }
 };
 
-// Scores of one vector of rows become probabilities relative to the new maximum, or pairs of them
-// in half as many rows. Returns the factor that brings what the rows had accumulated to that
-// maximum.
+// Scores of one vector of rows, in units of 1 / `unit` > 0, become probabilities relative to the
+// new maximum, or pairs of them in half as many rows. Returns the factor that brings what the rows
+// had accumulated to that maximum.
 template <bool kToPairs>
-inline VecF softmax_lanes(float* s, int64_t n, float* maximum, float* sum) {
+inline VecF softmax_lanes(float* s, int64_t n, float unit, float* maximum, float* sum) {
   VecF top[4];
-  for (VecF& t : top) t = load(maximum);
+  for (VecF& t : top) t = broadcast(-kInf);
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
     for (int k = 0; k < 4; ++k) top[k] = max(load(s + (j + k) * kPanel), top[k]);
   }
   for (; j < n; ++j) top[0] = max(load(s + j * kPanel), top[0]);
-  const VecF m = max(max(top[0], top[1]), max(top[2], top[3]));
+  const VecF m = max(max(max(top[0], top[1]), max(top[2], top[3])) * unit, load(maximum));
   const VecF base = m == -kInf ? VecF{} : m;
 
   VecF total[2] = {VecF{}, VecF{}};
   for (j = 0; j + 2 <= n; j += 2) {
     VecF p[2];
     for (int k = 0; k < 2; ++k) {
-      p[k] = exp2_below_zero(load(s + (j + k) * kPanel) - base);
+      p[k] = exp2_below_zero(fma(load(s + (j + k) * kPanel), broadcast(unit), -base));
       total[k] += p[k];
       if (!kToPairs) store(s + (j + k) * kPanel, p[k]);
     }
     if (kToPairs) store(s + j / 2 * kPanel, round_to_pairs(p[0], p[1]));
   }
   if (j < n) {
-    const VecF p = exp2_below_zero(load(s + j * kPanel) - base);
+    const VecF p = exp2_below_zero(fma(load(s + j * kPanel), broadcast(unit), -base));
     total[0] += p;
     store(s + j / (kToPairs ? 2 : 1) * kPanel, kToPairs ? round_to_pairs(p, VecF{}) : p);
   }
@@ -93,13 +94,24 @@ inline void pair_rows(float* s, int64_t n) {
   }
 }
 
+// Zeros behind n probabilities in pairs, up to a whole step of the sum.
+inline void pad_pairs(float* s, int64_t n) {
+  for (int64_t j = ceil_div(n, 2); j < round_up(n, kTileDepth) / 2; ++j) {
+    std::memset(s + j * kPanel, 0, kPanel * sizeof(float));
+  }
+}
+
+inline void scale_scores(float* s, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; i += kLanes) store(s + i, load(s + i) * factor);
+}
+
 template <class T>
 struct Rows {
   const Factor<T>* data;
   int64_t row;
 };
 
-// Values in pairs lie two keys to a row: [keys / 2][value_dim] of them.
+// stage.h says how they lie.
 template <class T>
 struct KeyTile {
   Rows<T> keys, values;
@@ -116,19 +128,20 @@ inline void rescale(float* out, int64_t value_dim, const VecF (&factor)[2]) {
 }
 
 // Adds keys [begin, end) of `tile` to the panel. `queries` is [head_dim / kStep][kPanel], `out` is
-// [value_dim][kPanel].
+// [value_dim][kPanel]; both are padded for tiles.
 template <class T>
 inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyTile<T>& tile,
                          int64_t begin, int64_t end, const float* queries, PanelState& state,
                          float* out, const PanelScratch& scratch) {
-  using A = Factor<T>;
   const Problem& p = *view.problem;
   const int64_t n = end - begin, skip = begin - tile.begin;
   float* s = scratch.scores;
   const Rows<T>&keys = tile.keys, &values = tile.values;
-  gemm<false, A>(n, kPanel, p.head_dim / kStep<T>,
-                 {keys.data + skip * keys.row, keys.row, kStep<T>, queries, kPanel, s, kPanel,
-                  query_factor(p)});
+  multiply<T, false>(n, kPanel, p.head_dim, {keys.data + skip * keys.row, keys.row},
+                     {queries, kPanel}, s, kPanel, query_factor(p));
+  float unit = factor_left<T>(query_factor(p));
+  const bool plain = p.softcap == 0 && p.alibi_slopes == nullptr && p.bias.kind == BiasKind::kNone;
+  if (unit != 1 && !(plain && unit > 0)) scale_scores(s, n * kPanel, std::exchange(unit, 1.f));
 
   if (p.softcap > 0) apply_softcap(s, n * kPanel, p.softcap);
   if (p.alibi_slopes != nullptr) apply_alibi(s, begin, n, view, rows);
@@ -140,21 +153,19 @@ inline void attend_panel(const HeadView& view, const PanelRows& rows, const KeyT
   const bool drops = p.dropout_p > 0;
   for (int v = 0; v < 2; ++v) {
     const int at = v * kLanes;
-    factor[v] = drops ? softmax_lanes<false>(s + at, n, state.maximum + at, state.sum + at)
-                      : softmax_lanes<kInPairs<T>>(s + at, n, state.maximum + at, state.sum + at);
+    const auto lanes = drops ? softmax_lanes<false> : softmax_lanes<kInPairs<T>>;
+    factor[v] = lanes(s + at, n, unit, state.maximum + at, state.sum + at);
   }
   if (drops) apply_dropout(s, begin, n, view, rows);
   if (drops && kInPairs<T>) pair_rows(s, n);
 
-  const GemmOperands<A> product{
-      values.data + skip * values.row, kStep<T>, kStep<T> * values.row, s, kPanel, out, kPanel};
-  const int64_t steps = ceil_div(n, kStep<T>);
-  if (state.touched) {
-    rescale(out, p.value_dim, factor);
-    gemm<true>(p.value_dim, kPanel, steps, product);
-  } else {
-    gemm<false>(p.value_dim, kPanel, steps, product);
-  }
+  if (state.touched) rescale(out, p.value_dim, factor);
+  if constexpr (kInTiles<T>) pad_pairs(s, n);
+  const Left<T> left =
+      kInTiles<T> ? Left<T>{values.data + skip, values.row}
+                  : Left<T>{values.data + skip * values.row, kStep<T>, kStep<T> * values.row};
+  const auto product = state.touched ? multiply<T, true> : multiply<T, false>;
+  product(p.value_dim, kPanel, n, left, {s, kPanel}, out, kPanel, 1);
   state.touched = true;
 }
 

@@ -8,6 +8,7 @@
 #include "attention/mask.h"
 #include "attention/params.h"
 #include "simd/gemm.h"
+#include "simd/tile_gemm.h"
 
 namespace flashkern::FK_ISA::attention {
 
@@ -23,6 +24,14 @@ template <class T>
 inline constexpr bool kInPairs = !std::is_same_v<Factor<T>, float>;
 template <class T>
 inline constexpr int64_t kStep = kInPairs<T> ? 2 : 1;
+
+// With AMX pairs are multiplied by tiles: operands are padded with zeros to whole steps of a sum.
+template <class T>
+inline constexpr bool kInTiles = kMultipliesTiles && kInPairs<T>;
+template <class T>
+inline constexpr int64_t padded_depth(int64_t n) {
+  return kInTiles<T> ? (n + kTileDepth - 1) / kTileDepth * kTileDepth : n;
+}
 
 // One KV head of one sequence.
 struct HeadView {

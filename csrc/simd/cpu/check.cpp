@@ -1,10 +1,13 @@
 #include "simd/check.h"
 
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "simd/gemm.h"
 #include "simd/math.h"
 #include "simd/philox.h"
+#include "simd/tile_gemm.h"
 
 namespace flashkern::FK_ISA {
 namespace {
@@ -54,6 +57,37 @@ void simd_gemm(const SimdGemmParams& p, const Threads&) {
   }
 }
 
+// Through copies of whole tiles; what lies around a matrix is NaN where it may count for nothing.
+void by_tiles(const SimdPairsParams& p, const BFloat16* a, const float* b) {
+  const TileScope tiles;
+  const auto padded = [](int64_t n, int64_t unit) { return tiles_of(n, unit) * unit; };
+  const int64_t rows = padded(p.rows, kTileSide), columns = padded(p.columns, kTileSide);
+  const int64_t depth = padded(p.depth, kTileDepth);
+  std::vector<BFloat16> left(rows * depth, BFloat16{0x7fc0});
+  std::vector<float> right(depth / 2 * columns, std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> c(rows * columns);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    std::fill_n(left.begin() + i * depth, depth, BFloat16{0});
+    std::copy_n(a + i * p.depth, p.depth, left.begin() + i * depth);
+    for (int64_t j = 0; j < p.columns && p.accumulate; ++j) {
+      c[i * columns + j] = p.c[i * p.columns + j] / p.scale;
+    }
+  }
+  for (int64_t k = 0; k < depth / 2; ++k) {
+    for (int64_t j = 0; j < p.columns; ++j) {
+      right[k * columns + j] = k < p.depth / 2 ? b[k * p.columns + j] : 0.f;
+    }
+  }
+  const auto product = p.accumulate ? tile_gemm<true> : tile_gemm<false>;
+  product(p.rows, p.columns, p.depth,
+          {left.data(), depth, right.data(), columns, c.data(), columns});
+  for (int64_t i = 0; i < p.rows; ++i) {
+    for (int64_t j = 0; j < p.columns; ++j) {
+      p.c[i * p.columns + j] = c[i * columns + j] * p.scale;
+    }
+  }
+}
+
 void simd_pairs(const SimdPairsParams& p, const Threads&) {
   std::vector<BFloat16> a(p.rows * p.depth);
   for (size_t i = 0; i < a.size(); ++i) a[i] = from_float<BFloat16>(p.a[i]);
@@ -67,6 +101,7 @@ void simd_pairs(const SimdPairsParams& p, const Threads&) {
       store(b.data() + k * p.columns + n, round_to_pairs(load_partial(row + n, count), second));
     }
   }
+  if constexpr (kMultipliesTiles) return by_tiles(p, a.data(), b.data());
   const GemmOperands<BFloat16> g{a.data(),  p.depth, 2,         b.data(),
                                  p.columns, p.c,     p.columns, p.scale};
   if (p.accumulate) {

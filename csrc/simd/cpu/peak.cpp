@@ -7,7 +7,7 @@
 //            an addition. Its rate is what a kernel that reads each byte once can reach.
 #include "simd/peak.h"
 
-#include "simd/vec.h"
+#include "simd/tile.h"
 
 namespace flashkern::FK_ISA {
 
@@ -28,7 +28,18 @@ void multiply_loop(const FmaParams& p) {
   *p.sink = sum;
 }
 
+// Zeros: they take as long as any numbers.
+void tile_loop(const FmaParams& p) {
+  const TileScope tiles;
+  unrolled<kTiles>([](auto t) { tile_zero<t>(); });
+  for (int64_t round = 0; round < p.rounds; ++round) {
+    unrolled<kPeakTiles>([](auto t) { tile_multiply<t, kPeakTiles, kPeakTiles + 1>(); });
+  }
+  *p.sink = 0;
+}
+
 void fma_loop(const FmaParams& p, const Threads&) {
+  if (p.pairs && kMultipliesTiles) return tile_loop(p);
   p.pairs&& kMultipliesPairs ? multiply_loop<kMultipliesPairs>(p) : multiply_loop<false>(p);
 }
 
