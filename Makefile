@@ -121,6 +121,8 @@ test-faults: $(VENV)/test.stamp $(VENV)/built.stamp
 
 # The library as a machine without a GPU would build it for others: the operators' CPU tests over it,
 # and tests/test_cuda_build.py of what nvcc made. It takes minutes, so it is the last of the tests.
+# Its CPU kernels multiply as AMX does, in arrays: so they are tested on CPUs without AMX too.
+PORTABLE_TILES := -DFLASHKERN_ISAS=portable -DFLASHKERN_PORTABLE_LANES=16 -DFLASHKERN_PORTABLE_TILES=1
 CUDA_ARCHS ?= 80;90a
 NVCC := $(shell PATH="$$PATH:/usr/local/cuda/bin" command -v nvcc)
 CUDA_CHECKED := build/cuda-check
@@ -130,9 +132,9 @@ cuda-check:
 else
 cuda-check: $(VENV)/test.stamp
 	$(MAKE) dev PYTHON=$(PY) BUILD=build/cuda OUT=$(CURDIR)/$(CUDA_CHECKED)/flashkern \
-	  CMAKE_ARGS="-DFLASHKERN_ISAS=portable -DFLASHKERN_CUDA=1 '-DFLASHKERN_CUDA_ARCHS=$(CUDA_ARCHS)'"
+	  CMAKE_ARGS="$(PORTABLE_TILES) -DFLASHKERN_CUDA=1 '-DFLASHKERN_CUDA_ARCHS=$(CUDA_ARCHS)'"
 	$(call copy_package,$(CUDA_CHECKED))
-	cd $(CUDA_CHECKED) && PYTHONPATH=. $(PY) -m pytest -p no:cacheprovider tests/test_cuda_build.py \
+	cd $(CUDA_CHECKED) && FLASHKERN_PORTABLE_TILES=1 PYTHONPATH=. $(PY) -m pytest -p no:cacheprovider tests/test_cuda_build.py \
 	  tests/test_build.py $(TESTS)
 endif
 

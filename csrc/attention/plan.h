@@ -19,9 +19,14 @@ inline constexpr int64_t kKeyBlock = 128;
 // cache with dot products; above it, query rows fill the lanes of the matrix kernel.
 inline constexpr int64_t kDecodeRows = 8;
 
-// Rows of the matrix kernel's task: packed queries, outputs and a block of keys and values fit half
-// of an L2 of 512 KiB. A multiple of 32, the widest panel.
-inline constexpr int64_t kMaxTaskRows = 128;
+// Rows of the matrix kernel's task, a multiple of 32, the widest panel: with 128, packed queries,
+// outputs and a block of keys and values fit half of an L2 of 512 KiB. Keys and values of 16 bits
+// are widened or paired before they are multiplied: twice as many rows share that work.
+inline constexpr int64_t kMaxTaskRows = 256;
+inline int64_t max_task_rows(DType dtype) {
+  const bool half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  return half ? kMaxTaskRows : kMaxTaskRows / 2;
+}
 
 // The cache is split only where there are too few rows to keep a machine busy without it.
 inline constexpr int64_t kSplitRows = 64;
@@ -56,7 +61,7 @@ inline SequencePlan plan_sequence(const Problem& p, const Sequence& s) {
     return plan;
   }
   plan.decode = plan.rows <= kDecodeRows;
-  const int64_t blocks = ceil_div(plan.rows, kMaxTaskRows);
+  const int64_t blocks = ceil_div(plan.rows, max_task_rows(p.dtype));
   plan.task_rows = plan.decode ? plan.rows : round_up(ceil_div(plan.rows, blocks), 32);
   plan.row_tasks = ceil_div(plan.rows, plan.task_rows);
 

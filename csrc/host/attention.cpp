@@ -20,6 +20,7 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
   p.seq_k = seq_k;
   p.head_dim = head_dim;
   p.value_dim = value_dim;
+  p.dtype = element_bytes == 2 ? flashkern::DType::kBFloat16 : flashkern::DType::kFloat32;
   p.alignment = static_cast<Alignment>(alignment);
   p.window_left = window_left;
   p.window_right = window_right;

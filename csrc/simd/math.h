@@ -24,6 +24,19 @@ inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23
 // 2^x for x <= 0, as a softmax needs it: 2.5 ulp, exactly 0 below -125, and every NaN stays (the
 // factor 2^n multiplies: added to the exponent's bits it would turn some NaNs into numbers). What
 // lies below the threshold may overflow on the way, since it is thrown away.
+#if defined(__AVX512F__)
+inline VecF exp2_below_zero(VecF x) {
+  const VecF f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  VecF p = broadcast(1.8671303987503052e-3f);
+  p = fma(p, f, broadcast(9.017029777169228e-3f));
+  p = fma(p, f, broadcast(5.579991266131401e-2f));
+  p = fma(p, f, broadcast(2.4016444385051727e-1f));
+  p = fma(p, f, broadcast(6.931512951850891e-1f));
+  p = fma(p, f, broadcast(1.f));
+  const __mmask16 above = _mm512_cmp_ps_mask(x, broadcast(-125.f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(above, p, x);  // p * 2^floor(x)
+}
+#else
 inline VecF exp2_below_zero(VecF x) {
   const VecF magic = broadcast(0x1.8p23f + 127.f);  // << 23 then makes n + 127 the bits of 2^n
   const VecF shifted = x + magic;
@@ -37,6 +50,7 @@ inline VecF exp2_below_zero(VecF x) {
   const VecF scaled = p * bits_to_float(float_to_bits(shifted) << 23);
   return x < -125.f ? VecF{} : scaled;
 }
+#endif
 
 // e^x to 2 ulp: x = n ln2 + r with ln2 in two parts, so large |x| loses nothing.
 inline VecF exp(VecF x) {

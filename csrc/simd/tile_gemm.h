@@ -67,6 +67,27 @@ inline void tile_rows(int64_t M, int64_t steps, TileOperands g) {
   if (M > 0) tile_micro<1, kCols, kAccumulate>(steps, g);
 }
 
+// One or two steps of the sum over two columns of tiles: B stays in its tiles while A passes, which
+// halves the loads.
+template <int kSteps>
+inline void tile_resident(int64_t M, TileOperands g) {
+  constexpr int kA = 2, kB = 4;
+  unrolled<2 * kSteps>([&](auto t) __attribute__((always_inline)) {
+    tile_load<kB + t>(g.b + t / 2 * kTileSide * g.b_row + t % 2 * kTileSide, 4 * g.b_row);
+  });
+  for (; M > 0; --M, g.a += kTileSide * g.a_row, g.c += kTileSide * g.c_row) {
+    tile_zero<0>();
+    tile_zero<1>();
+    unrolled<kSteps>([&](auto k) __attribute__((always_inline)) {
+      tile_load<kA + k>(g.a + k * kTileDepth, 2 * g.a_row);
+      tile_multiply<0, kA + k, kB + 2 * k>();
+      tile_multiply<1, kA + k, kB + 2 * k + 1>();
+    });
+    tile_store<0>(g.c, 4 * g.c_row);
+    tile_store<1>(g.c + kTileSide, 4 * g.c_row);
+  }
+}
+
 inline int64_t tiles_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 // M and N are rounded up to whole tiles of C and K to whole steps of the sum: what lies there is
@@ -75,7 +96,13 @@ template <bool kAccumulate>
 inline void tile_gemm(int64_t M, int64_t N, int64_t K, TileOperands g) {
   M = tiles_of(M, kTileSide), N = tiles_of(N, kTileSide), K = tiles_of(K, kTileDepth);
   for (; N >= 2; N -= 2, g.b += 2 * kTileSide, g.c += 2 * kTileSide) {
-    tile_rows<2, kAccumulate>(M, K, g);
+    if (!kAccumulate && K == 1) {
+      tile_resident<1>(M, g);
+    } else if (!kAccumulate && K == 2) {
+      tile_resident<2>(M, g);
+    } else {
+      tile_rows<2, kAccumulate>(M, K, g);
+    }
   }
   if (N > 0) tile_rows<1, kAccumulate>(M, K, g);
 }

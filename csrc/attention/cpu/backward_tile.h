@@ -45,7 +45,7 @@ struct TileShape {
         value_row(spread_row(p.value_dim)),
         score_row(spread_row(keys)) {}
 
-  int64_t floats(const Problem& p) const {
+  int64_t floats() const {
     return score_row * (head_depth + value_depth) + keys * (2 * head_row + value_row) +
            kTileRows * (head_row + value_row + 2 * score_row) + kTileRows * score_row / 2 +
            6 * score_row + 2 * kTileRows +
@@ -71,7 +71,7 @@ struct Tiles : TileShape {
   float *lse, *delta;                  // [rows]
 
   Tiles(const Problem& p, Scratch& scratch) : TileShape(p) {
-    scratch.reset(floats(p));
+    scratch.reset(floats());
     keys_t = scratch.take(head_depth * score_row);
     values_t = scratch.take(value_depth * score_row);
     keys_scaled = scratch.take(keys * head_row);
