@@ -26,12 +26,13 @@ inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23
 // lies below the threshold may overflow on the way, since it is thrown away.
 #if defined(__AVX512F__)
 inline VecF exp2_below_zero(VecF x) {
-  const VecF f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-  VecF p = broadcast(1.8671303987503052e-3f);
-  p = fma(p, f, broadcast(9.017029777169228e-3f));
-  p = fma(p, f, broadcast(5.579991266131401e-2f));
-  p = fma(p, f, broadcast(2.4016444385051727e-1f));
-  p = fma(p, f, broadcast(6.931512951850891e-1f));
+  const VecF f =
+      _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 1 and 2 are met at its ends
+  VecF p = broadcast(1.879318617284298e-3f);
+  p = fma(p, f, broadcast(8.990997448563576e-3f));
+  p = fma(p, f, broadcast(5.581868067383766e-2f));
+  p = fma(p, f, broadcast(2.40159273147583e-1f));
+  p = fma(p, f, broadcast(6.931517124176025e-1f));
   p = fma(p, f, broadcast(1.f));
   const __mmask16 above = _mm512_cmp_ps_mask(x, broadcast(-125.f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(above, p, x);  // p * 2^floor(x)
