@@ -21,13 +21,12 @@ inline Rounded round_to_int(VecF x) {
 // 2^n for n in [-127, 128]: 0 at -127, infinity at 128.
 inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23); }
 
-// 2^x for x <= 0, as a softmax needs it: 2.5 ulp, exactly 0 below -125, and every NaN stays (the
+// 2^x for x <= 0, as a softmax needs it: 2.75 ulp, exactly 0 below -125, and every NaN stays (the
 // factor 2^n multiplies: added to the exponent's bits it would turn some NaNs into numbers). What
 // lies below the threshold may overflow on the way, since it is thrown away.
 #if defined(__AVX512F__)
 inline VecF exp2_below_zero(VecF x) {
-  const VecF f =
-      _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 1 and 2 are met at its ends
+  const VecF f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
   VecF p = broadcast(1.879318617284298e-3f);
   p = fma(p, f, broadcast(8.990997448563576e-3f));
   p = fma(p, f, broadcast(5.581868067383766e-2f));
