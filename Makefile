@@ -82,7 +82,7 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 # An editable install: the library lies in flashkern/, Python files are used where they are. pip
 # keeps what a build prints to itself unless it fails; setup.py keeps its objects in build/editable-*.
 $(VENV)/built.stamp: $(VENV)/base.stamp $(SOURCES)
-	@echo "flashkern: building the CPU operators (portable, AVX2, AVX-512) with $${MAX_JOBS:-$$(nproc)} jobs"
+	@echo "flashkern: building the CPU operators (portable, AVX2, AVX-512, AMX) with $${MAX_JOBS:-$$(nproc)} jobs"
 	@$(PIP) --no-build-isolation --no-deps --editable . 2> build.log || (cat build.log; exit 1)
 	$(PY) -m flashkern info
 	touch $@
