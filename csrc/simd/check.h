@@ -45,9 +45,9 @@ struct SimdPairsParams {
   bool accumulate;
 };
 
-FK_TILE_KERNEL(simd_map, SimdMapParams)
-FK_TILE_KERNEL(simd_philox, SimdPhiloxParams)
-FK_TILE_KERNEL(simd_gemm, SimdGemmParams)
+FK_CPU_KERNEL(simd_map, SimdMapParams)
+FK_CPU_KERNEL(simd_philox, SimdPhiloxParams)
+FK_CPU_KERNEL(simd_gemm, SimdGemmParams)
 FK_TILE_KERNEL(simd_pairs, SimdPairsParams)
 
 }  // namespace flashkern

@@ -46,8 +46,8 @@ bool runs_here(Isa isa) {
 #endif
 #ifdef FK_BUILD_AMX_BF16
     case Isa::kAmxBf16: {
-      static const bool tiles = may_use_tiles();
-      return tiles && runs_here(Isa::kAvx512Bf16);
+      static const bool runs = runs_here(Isa::kAvx512Bf16) && may_use_tiles();
+      return runs;
     }
 #endif
     default:
@@ -74,8 +74,9 @@ bool find_isa(const char* name, Isa* found) {
 
 Isa initial_isa() {
   const char* name = std::getenv("FLASHKERN_CPU_ISA");
-  Isa isa = best_isa();
-  if (name != nullptr && *name != '\0' && !find_isa(name, &isa)) {
+  if (name == nullptr || *name == '\0') return best_isa();
+  Isa isa = Isa::kPortable;
+  if (!find_isa(name, &isa)) {
     std::fprintf(stderr, "flashkern: FLASHKERN_CPU_ISA must be an ISA that this CPU runs, got %s\n",
                  name);
     std::abort();

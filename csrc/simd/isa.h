@@ -1,7 +1,7 @@
-// One source, several instruction sets. Every csrc/*/cpu/*.cpp is compiled once for each ISA with
-// FK_ISA set to that ISA's name, puts its code into namespace flashkern::FK_ISA, and is reached
-// through FK_CPU_KERNEL, which declares a kernel for each ISA and a function that calls the active
-// one.
+// One source, several instruction sets. Every csrc/*/cpu/*.cpp is compiled once for each ISA (for
+// AMX: those that multiply tiles) with FK_ISA set to that ISA's name, puts its code into namespace
+// flashkern::FK_ISA, and is reached through FK_CPU_KERNEL, which declares a kernel for each ISA and
+// a function that calls the active one.
 #pragma once
 
 #include "threads.h"

@@ -21,9 +21,7 @@ inline Rounded round_to_int(VecF x) {
 // 2^n for n in [-127, 128]: 0 at -127, infinity at 128.
 inline VecF power_of_two(VecI n) { return reinterpret_cast<VecF>((n + 127) << 23); }
 
-// 2^x for x <= 0, as a softmax needs it: 2.75 ulp, exactly 0 below -125, and every NaN stays (the
-// factor 2^n multiplies: added to the exponent's bits it would turn some NaNs into numbers). What
-// lies below the threshold may overflow on the way, since it is thrown away.
+// 2^x for x <= 0, as a softmax needs it: 2.75 ulp, exactly 0 below -125, and every NaN stays.
 #if defined(__AVX512F__)
 inline VecF exp2_below_zero(VecF x) {
   const VecF f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
@@ -37,6 +35,8 @@ inline VecF exp2_below_zero(VecF x) {
   return _mm512_maskz_scalef_ps(above, p, x);  // p * 2^floor(x)
 }
 #else
+// The factor 2^n multiplies: added to the exponent's bits it would turn some NaNs into numbers.
+// What lies below the threshold may overflow on the way, since it is thrown away.
 inline VecF exp2_below_zero(VecF x) {
   const VecF magic = broadcast(0x1.8p23f + 127.f);  // << 23 then makes n + 127 the bits of 2^n
   const VecF shifted = x + magic;

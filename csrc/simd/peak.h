@@ -25,8 +25,7 @@ struct ReadParams {
 // with the two factors, fit AVX2's 16 registers.
 inline constexpr int kFmaChains = 12;
 
-// Products of tiles in a round: each depends on the one before in its tile, whose latency is less
-// than that of four.
+// Independent sums of tile products: four would cover their latency of 52 cycles.
 inline constexpr int kPeakTiles = 6;
 inline constexpr double kFlopsOfTile = 2 * 16 * 16 * 32;
 
@@ -34,5 +33,5 @@ inline constexpr double kFlopsOfTile = 2 * 16 * 16 * 32;
 
 namespace flashkern {
 FK_TILE_KERNEL(fma_loop, FmaParams)
-FK_TILE_KERNEL(read_loop, ReadParams)
+FK_CPU_KERNEL(read_loop, ReadParams)
 }  // namespace flashkern

@@ -4,10 +4,10 @@
 //   B[k][n] = b[k / 2 * b_row + n]       lanes of pairs
 //   C[m][n] = c[m * c_row + n]           float32
 //
-//                 B0       B1            four tiles of C, two of A, two of B: four loads and four
-//              +-------+-------+         products in a step, 64 cycles of products that cover 32 of
-//   A0         |  C0   |  C1   |         loads; four independent sums cover most of the latency of
-//              +-------+-------+         52
+//                 B0       B1     four tiles of C, two of A, two of B: one load for a product, and
+//              +-------+-------+  four independent sums, which cover the latency
+//   A0         |  C0   |  C1   |
+//              +-------+-------+
 //   A1         |  C2   |  C3   |
 //              +-------+-------+
 #pragma once

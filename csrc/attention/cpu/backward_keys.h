@@ -66,7 +66,7 @@ class KeyBlock {
 
   // `tensor_keys`: rows of this sequence's key tensor; those past its length get zeros.
   void run(int64_t tensor_keys) {
-    [[maybe_unused]] const std::conditional_t<kInTiles<T>, TileScope, Nothing> tiles;
+    [[maybe_unused]] const std::conditional_t<kInTiles<T>, TileScope, Nothing> amx;
     const Interval rows = band_.rows(begin_, begin_ + live_);
     if (!rows.empty()) pack();
     std::fill_n(t_.grad_keys, t_.keys * t_.head_row, 0.f);
@@ -78,6 +78,10 @@ class KeyBlock {
       }
     }
     const int64_t n = std::min(begin_ + t_.keys, tensor_keys) - begin_;
+    if (kInTiles<T> && live_ < n) {  // whole tiles were written
+      std::fill_n(t_.grad_keys + live_ * t_.head_row, (n - live_) * t_.head_row, 0.f);
+      std::fill_n(t_.grad_values + live_ * t_.value_row, (n - live_) * t_.value_row, 0.f);
+    }
     round_rows(t_.grad_keys, t_.head_row, n, p_.head_dim, gradient_of(p_.grad_key), p_.grad_key.row,
                static_cast<float>(p_.scale));
     round_rows(t_.grad_values, t_.value_row, n, p_.value_dim, gradient_of(p_.grad_value),

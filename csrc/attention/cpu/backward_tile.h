@@ -32,15 +32,13 @@ inline int64_t pad_columns(int64_t n) {
   return (n + kUnit - 1) / kUnit * kUnit;
 }
 
-inline int64_t pad_depth(int64_t n) { return kMultipliesTiles ? pad_columns(n) : n; }
-
 struct TileShape {
   int64_t keys, head_depth, value_depth, head_row, value_row, score_row;
 
   explicit TileShape(const Problem& p)
       : keys(tile_keys(p)),
-        head_depth(pad_depth(p.head_dim)),
-        value_depth(pad_depth(p.value_dim)),
+        head_depth(padded_depth<BFloat16>(p.head_dim)),
+        value_depth(padded_depth<BFloat16>(p.value_dim)),
         head_row(spread_row(p.head_dim)),
         value_row(spread_row(p.value_dim)),
         score_row(spread_row(keys)) {}
@@ -48,7 +46,7 @@ struct TileShape {
   int64_t floats() const {
     return score_row * (head_depth + value_depth) + keys * (2 * head_row + value_row) +
            kTileRows * (head_row + value_row + 2 * score_row) + kTileRows * score_row / 2 +
-           6 * score_row + 2 * kTileRows +
+           5 * score_row + 2 * kTileRows +
            kMultipliesTiles * kTileRows * (keys + (head_depth + value_depth) / 2 + head_row);
   }
 };
@@ -117,7 +115,8 @@ inline void pair_up(const BFloat16* from, int64_t from_row, int64_t rows, int64_
   for (; i < rows; i += 2, from += 2 * from_row, to += to_row) {
     join_rows(from, i + 1 < rows ? from + from_row : nullptr, n, to);
   }
-  for (; i < pad_depth(rows); i += 2, to += to_row) std::memset(to, 0, n * sizeof(float));
+  for (; i < padded_depth<BFloat16>(rows); i += 2, to += to_row)
+    std::memset(to, 0, n * sizeof(float));
 }
 
 // The same of a tile of floats, in place.
@@ -164,7 +163,7 @@ inline void round_columns(const float* from, int64_t row, int64_t rows, int64_t 
 // nothing.
 inline void copy_left(const BFloat16* from, int64_t from_row, int64_t rows, int64_t n,
                       BFloat16* to) {
-  const int64_t depth = pad_depth(n);
+  const int64_t depth = padded_depth<BFloat16>(n);
   for (int64_t i = 0; i < rows; ++i, from += from_row, to += depth) {
     std::memcpy(to, from, n * sizeof *to);
     if (depth > n) std::memset(static_cast<void*>(to + n), 0, (depth - n) * sizeof *to);

@@ -1,13 +1,15 @@
 // The matrix kernel's task: up to kMaxTaskRows query rows of one KV head against one run of keys.
 //
 // Memory of a thread (floats; D = head_dim, E = value_dim, M = rows of the task):
-//   queries   D x M     packed once, transposed, times scale * log2(e)
+//   queries   D x M     packed once, transposed, times scale * log2(e) unless in pairs
 //   out       E x M     accumulators, transposed too
 //   scores    128 x kPanel, twice where there is a bias
+//   rows      kPanel x E, finished rows
 //   staged    128 x D keys and 128 x E values that cannot be multiplied where they lie: those of
-//             16 bits, in pages, and values in pairs or for tiles
+//             16 bits, in pages, and values in pairs or for tiles (stage.h)
 // With D = E = 64 and M = 128 that is 80 KiB beside 64 KiB of keys and values, and twice as much
-// with D = E = 128: half of an L2 of 512 KiB. Scores never leave L1.
+// with D = E = 128: half of an L2 of 512 KiB. Pairs take half of the queries' room, and M may be
+// 256. Scores never leave L1.
 #pragma once
 
 #include "attention/cpu/panel.h"
@@ -41,7 +43,7 @@ class MatrixTask {
   }
 
   void run() {
-    [[maybe_unused]] const std::conditional_t<kInTiles<T>, TileScope, Nothing> tiles;
+    [[maybe_unused]] const std::conditional_t<kInTiles<T>, TileScope, Nothing> amx;
     for (int i = 0; i < panels_; ++i) {
       rows_[i].set(view_, range_.row_begin + i * kPanel, range_.row_end);
       states_[i].reset();

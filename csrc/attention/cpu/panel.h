@@ -41,9 +41,9 @@ struct PanelState {
   }
 };
 
-// Scores of one vector of rows, in units of 1 / `unit` > 0, become probabilities relative to the
-// new maximum, or pairs of them in half as many rows. Returns the factor that brings what the rows
-// had accumulated to that maximum.
+// Scores of one vector of rows, times `unit`, which is positive, become probabilities relative to
+// the new maximum, or pairs of them in half as many rows. Returns the factor that brings what the
+// rows had accumulated to that maximum.
 template <bool kToPairs>
 inline VecF softmax_lanes(float* s, int64_t n, float unit, float* maximum, float* sum) {
   VecF top[4];
@@ -55,6 +55,10 @@ inline VecF softmax_lanes(float* s, int64_t n, float unit, float* maximum, float
   for (; j < n; ++j) top[0] = max(load(s + j * kPanel), top[0]);
   const VecF m = max(max(max(top[0], top[1]), max(top[2], top[3])) * unit, load(maximum));
   const VecF base = m == -kInf ? VecF{} : m;
+  if (unit != 1 && any(absolute(base) > 0x1p24f)) {  // unit * s - base may be far from 0 at the top
+    for (j = 0; j < n; ++j) store(s + j * kPanel, load(s + j * kPanel) * unit);
+    unit = 1;
+  }
 
   VecF total[2] = {VecF{}, VecF{}};
   for (j = 0; j + 2 <= n; j += 2) {

@@ -19,11 +19,7 @@ struct Right {
   int64_t row;
 };
 
-// The part of a factor that a product applies, and the part that is left.
-template <class T>
-inline float factor_inside(float factor) {
-  return kInTiles<T> ? 1.f : factor;
-}
+// What is left of a factor after a product.
 template <class T>
 inline float factor_left(float factor) {
   return kInTiles<T> ? factor : 1.f;
@@ -36,9 +32,8 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const Left<T>& a, const Ri
   if constexpr (kInTiles<T>) {
     tile_gemm<kAccumulate>(M, N, K, {a.data, a.row, b.data, b.row, c, c_row});
   } else {
-    gemm<kAccumulate, Factor<T>>(
-        M, N, (K + kStep<T> - 1) / kStep<T>,
-        {a.data, a.row, a.step, b.data, b.row, c, c_row, factor_inside<T>(factor)});
+    gemm<kAccumulate, Factor<T>>(M, N, (K + kStep<T> - 1) / kStep<T>,
+                                 {a.data, a.row, a.step, b.data, b.row, c, c_row, factor});
   }
 }
 

@@ -50,7 +50,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kMostPieces = 16;
+  static constexpr int64_t kMostPieces = 24;
 
   Floats buffer_;
   int64_t size_ = 0;

@@ -39,7 +39,9 @@ void tile_loop(const FmaParams& p) {
 }
 
 void fma_loop(const FmaParams& p, const Threads&) {
-  if (p.pairs && kMultipliesTiles) return tile_loop(p);
+  if constexpr (kMultipliesTiles) {
+    if (p.pairs) return tile_loop(p);
+  }
   p.pairs&& kMultipliesPairs ? multiply_loop<kMultipliesPairs>(p) : multiply_loop<false>(p);
 }
 
