@@ -1,4 +1,5 @@
-// The entry points of the CPU kernels. Each exists once for each ISA.
+// The entry points of the CPU kernels. Each exists once for each ISA; for AMX those of
+// FK_TILE_KERNEL.
 #pragma once
 
 #include "attention/params.h"
