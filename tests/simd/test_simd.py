@@ -69,7 +69,8 @@ def test_philox_is_the_definition(isa: str, count: int) -> None:
 def test_gemm_of_bfloat16_pairs(isa: str, accumulate: bool) -> None:
     draw = np.random.default_rng(0)
     sizes = [1, 2, 5, 6, 7, 13, 14, 15, 33, 64, 71]
-    for rows, columns, half in draw.choice(sizes, (40, 3)).tolist() + [[3, 5, 0]]:
+    two_steps = [[33, 40, 20], [16, 32, 32]]  # of a sum of tiles
+    for rows, columns, half in draw.choice(sizes, (40, 3)).tolist() + [[3, 5, 0], *two_steps]:
         depth = 2 * half
         a = draw.standard_normal((rows, depth)).astype(np.float32)
         b = draw.standard_normal((depth, columns)).astype(np.float32)
