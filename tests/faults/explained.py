@@ -48,6 +48,7 @@ EXPLAINED = (
     ("attention/sm80/results.h", r"", r"lane < count \?|column >= parts", MORE),
     ("attention/sm80/scores.h", r">= is >", r">= threshold", "one random word in 2^32 differs"),
     ("attention/sm80/scores.h", r"< is <=", r"i < 2 \* N", MORE),
+    ("attention/sm80/scores.h", r"> is >=", r"> 0x1p24f", EXACT),
     ("attention/sm80/tile.h", r"if \(false\)", r"if \(aligned\)", SLOWER),
     ("attention/sm80/tile.h", r"", r"= row < left", UNREAD),
     ("attention/sm80/work.h", r"< is <=", r"(first|32 \* i) < p_?\.batch", MORE),

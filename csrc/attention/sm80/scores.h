@@ -133,11 +133,17 @@ FK_DEVICE void online_softmax(float (&s)[N][4], RowState<float> (&states)[2], fl
     factor[r] = ptx::fast_exp2(state.maximum - base);
     state.maximum = maximum;
     state.sum *= factor[r];
+    float unit = scale;
+    if (fabsf(base) > 0x1p24f) {  // unit * s - base may be far from 0 at the top
+      unit = 1;
+#pragma unroll
+      for (int j = 0; j < N; ++j) s[j][2 * r] *= scale, s[j][2 * r + 1] *= scale;
+    }
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        s[j][i] = ptx::fast_exp2(fmaf(s[j][i], scale, -base));
+        s[j][i] = ptx::fast_exp2(fmaf(s[j][i], unit, -base));
         state.sum += s[j][i];
       }
     }
