@@ -80,7 +80,7 @@ def environment(variant: str, package: Path, task: Path) -> dict[str, str]:
     env = {
         "FLASHKERN_FAULTS": str(task),
         "FLASHKERN_BACKEND": "emulated",
-        "PYTHONPATH": f"{package}:{HERE}",
+        "PYTHONPATH": f"{package}:{HERE}:{ROOT}",
     }
     if variant == "asan":
         libraries = [
