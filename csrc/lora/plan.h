@@ -71,7 +71,7 @@ inline LoraPlan lora_plan(int64_t rows, int64_t adapters, const int64_t* ids) {
 enum class LoraBase { kBlas, kTiles, kFew };
 
 inline constexpr int64_t kFewRows = 16;  // up to here W is better read in place than packed
-inline constexpr int64_t kFewRowsBesideBlas = 8;  // and up to here, where BLAS is good
+inline constexpr int64_t kFewRowsBesideBlas = 8;  // and up to here, beside a good 16-bit BLAS
 inline constexpr int64_t kFewTaskCols = 48;       // whole blocks of 6 and of 8
 inline constexpr int64_t kProductDepth = 256;     // a panel of 256 x 32 floats fills half of an L1
 inline constexpr int64_t kProductCols = 256;      // at most, of one task
@@ -91,7 +91,8 @@ inline LoraBase lora_base(int64_t rows, DType dtype, bool forward, LoraChoice ch
                                                      : true;
   const bool own = choice == LoraChoice::kOwn;
   if (dtype == DType::kFloat64 || choice == LoraChoice::kBlas) return LoraBase::kBlas;
-  const bool few = rows <= (good_blas && !own ? kFewRowsBesideBlas : kFewRows);
+  const bool beside = good_blas && dtype != DType::kFloat32 && !own;
+  const bool few = rows <= (beside ? kFewRowsBesideBlas : kFewRows);
   if (few && forward) return LoraBase::kFew;
   return own || (!few && !good_blas) ? LoraBase::kTiles : LoraBase::kBlas;
 }

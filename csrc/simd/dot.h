@@ -47,26 +47,35 @@ inline constexpr int kDotCols = kLanes == 16 ? (kRows == 4 ? 6 : 8)
                                                 : kRows == 4 ? 2
                                                              : 4);
 
-// acc[r * C + c] += a[r] . b[c] over `depth` numbers; rows of `a` are padded with zeros to whole
-// vectors.
+// Where the right side's next rows are asked for, in elements ahead: a core follows a stream by
+// itself, but begins anew at each row, and has seen too little of one that is shorter than a page.
+template <int kRows, class T>
+inline int64_t dot_ahead(int64_t depth) {
+  return depth * static_cast<int64_t>(sizeof(T)) <= 4096 ? kDotCols<kRows> * depth : 0;
+}
+
+// acc[r * C + c] += a[r] . b[c] over elements [begin, end); rows of `a` are padded with zeros to
+// whole vectors.
 template <int kRows, class T>
 __attribute__((always_inline)) inline void dot_add(VecF* acc, const float* a, int64_t a_row,
-                                                   const T* const* b, int64_t depth) {
+                                                   const T* const* b, int64_t begin, int64_t end,
+                                                   int64_t ahead) {
   constexpr int C = kDotCols<kRows>;
   const auto step = [&](int64_t k, auto load_b) __attribute__((always_inline)) {
     VecF x[kRows];
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) { x[r] = load(a + r * a_row + k); });
     unrolled<C>([&](auto c) __attribute__((always_inline)) {
       const VecF w = load_b(b[c] + k);
+      if (ahead != 0) __builtin_prefetch(b[c] + k + ahead, 0, 2);
       unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
         acc[r * C + c] = fma(x[r], w, acc[r * C + c]);
       });
     });
   };
-  int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) step(k, [](const T* p) { return load(p); });
-  if (k < depth) {
-    const int tail = static_cast<int>(depth - k);
+  int64_t k = begin;
+  for (; k + kLanes <= end; k += kLanes) step(k, [](const T* p) { return load(p); });
+  if (k < end) {
+    const int tail = static_cast<int>(end - k);
     step(k, [tail](const T* p) { return load_partial(p, tail); });
   }
 }
