@@ -21,7 +21,7 @@ inline constexpr int64_t kDecodeRows = 8;
 
 // Rows of the matrix kernel's task, a multiple of 32, the widest panel: with 128, packed queries,
 // outputs and a block of keys and values fit half of an L2 of 512 KiB. Keys and values of 16 bits
-// // are widened or paired before they are multiplied: twice as many rows share that work, in twice
+// are widened or paired before they are multiplied: twice as many rows share that work, in twice
 // the memory.
 inline constexpr int64_t kMaxTaskRows = 256;
 inline int64_t max_task_rows(DType dtype) {

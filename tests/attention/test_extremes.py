@@ -20,6 +20,31 @@ def test_equal_scores_however_large(backend: str, size: float) -> None:
     assert lse.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_huge_scores_are_finite(backend: str, dtype: torch.dtype) -> None:
+    """The log-sum-exp of scores beyond 2^24 is rounded by more than the exponential can bear."""
+    shapes = [(1, 2, n, 32) for n in (20, 30, 30)]
+    tensors = [(torch.randn(s) * 3e5).to(dtype).requires_grad_() for s in shapes]
+    for extra in ({}, {"alibi_slopes": torch.rand(2)}):
+        fk.attention(*tensors, **extra).sum().backward()
+        for t in tensors:
+            assert t.grad is not None and t.grad.isfinite().all()
+
+
+def test_infinite_keys_and_values(backend: str) -> None:
+    """An infinity in float32 operands, which tensor cores take in two parts, stays one."""
+    query, key, value = (torch.rand(1, 1, n, 32) + 0.5 for n in (20, 30, 30))
+    key[0, 0, 7] = torch.tensor([-torch.inf] + [0.0] * 31)  # nobody sees it
+    value[0, 0, 9, 4] = torch.inf
+    value[0, 0, 11, 5] = torch.finfo(torch.float32).max
+    output = fk.attention(query, key, value)
+    others = [i for i in range(30) if i != 7]
+    expected = fk.attention(query, key[:, :, others].clone(), value[:, :, others].clone())
+    torch.testing.assert_close(output, expected)
+    assert (output[..., 4] == torch.inf).all()
+    assert output[..., 5].isfinite().all() and (output[..., 5] > 1e35).all()
+
+
 def test_keys_behind_the_length_have_no_gradient(backend: str) -> None:
     """Not 0 times a gradient, which would be NaN here."""
     tensors = [torch.randn(1, 2, n, 32).bfloat16().requires_grad_() for n in (9, 40, 40)]

@@ -229,11 +229,14 @@ inline void clear_outside(float* s, float* g, const RowSpan& span) {
     store(s + v, VecF{}), store(g + v, VecF{});
 }
 
+// Beyond 2^24 a rounded log-sum-exp may lie far below a logit: P stays finite. NaN stays NaN.
+inline VecF probability(VecF x) { return exp2_below_zero(min(broadcast(1.f), x)); }
+
 // P = 2^(unit S - lse), dS = P (dP - delta), in place.
 template <bool kMasked>
 inline void plain_row(float* s, float* g, float unit, float lse, float delta, const RowSpan& span) {
   for (int64_t v = span.begin; v < span.end; v += kLanes) {
-    VecF p = exp2_below_zero(fma(load(s + v), broadcast(unit), broadcast(-lse)));
+    VecF p = probability(fma(load(s + v), broadcast(unit), broadcast(-lse)));
     if constexpr (kMasked) {
       const VecI lane = lanes_from(v);
       const VecI seen =
@@ -272,7 +275,7 @@ inline void general_row(float* s, float* g, float lse, float delta, const RowSpa
     const VecI lane = lanes_from(v);
     const VecI seen =
         (lane >= static_cast<int32_t>(span.first)) & (lane < static_cast<int32_t>(span.last));
-    const VecF p = seen ? exp2_below_zero(x - lse) : VecF{};
+    const VecF p = seen ? probability(x - lse) : VecF{};
     VecF kept = p, dp = load(g + v);
     if (extras.words != nullptr) {
       VecU word;

@@ -12,7 +12,7 @@ namespace flashkern::attention::sm80 {
 // 8 neighbours, as float32; `aligned`: to 16 bytes.
 template <class T>
 FK_DEVICE void load_eight(const T* from, bool aligned, float (&x)[8]) {
-  T eight[8];
+  alignas(16) T eight[8];
   if (aligned) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(eight) / 16); ++i) {

@@ -78,10 +78,13 @@ struct GradientRule : ScoreRule {
   GradientRule() = default;
   explicit GradientRule(const Problem& p) : ScoreRule(p), product(static_cast<float>(p.scale)) {}
 
+  // Beyond 2^24 a rounded log-sum-exp may lie far below a logit: P stays finite.
+  FK_DEVICE static float probability(float x) { return ptx::fast_exp2(x > 1 ? 1 : x); }
+
   // x: the product of query and key, becomes P; y: that of dO and value, becomes the gradient of
   // x / scale.
   FK_DEVICE void plain(const RowNumbers& row, float& x, float& y) const {
-    x = ptx::fast_exp2(fmaf(x, scale, -row.lse));
+    x = probability(fmaf(x, scale, -row.lse));
     y = x * (y - row.delta);
   }
 
@@ -100,10 +103,10 @@ struct GradientRule : ScoreRule {
     if (p.bias.kind != BiasKind::kNone) {
       logit += bias_element<T>(p.bias, row.bias + key * p.bias.column);
     }
-    const float probability = ptx::fast_exp2(logit - numbers.lse);
+    const float p_whole = probability(logit - numbers.lse);
     const float factor = kept ? keep : 0.0f;
-    x = probability * factor;
-    const float of_bias = probability * (y * factor - numbers.delta);
+    x = p_whole * factor;
+    const float of_bias = p_whole * (y * factor - numbers.delta);
     y = of_bias * slope;
     return of_bias;
   }

@@ -93,9 +93,11 @@ struct Products {
   }
 };
 
-// x = high + low, each a TF32, but for its last 3 bits.
+// x = high + low, each a TF32, but for its last 3 bits. What high can't hold is low's: an infinity
+// there meets one factor, the other's high part, and gives NaN only where that is zero.
 FK_DEVICE void split_tf32(float x, uint32_t& high, uint32_t& low) {
-  high = ptx::to_tf32(x);
+  constexpr float kMost = 0x1.ffcp127f;
+  high = ptx::to_tf32(fminf(fmaxf(x, -kMost), kMost));
   low = ptx::to_tf32(x - __uint_as_float(high));
 }
 

@@ -54,8 +54,9 @@ __global__ void __launch_bounds__(NarrowSum<T, kRanks, true, true>::kThreads, kR
   using Sum = NarrowSum<T, kRanks, true, true>;
   auto& shared = ptx::shared_storage<typename Sum::Storage>();
   const GradientParams& call = p.call;
-  const int adapter = blockIdx.y / p.parts, part = blockIdx.y % p.parts;
-  const int64_t first = int64_t{blockIdx.x} * kNarrowTile;
+  const int tiles = divide_up(call.width, kNarrowTile);
+  const int adapter = blockIdx.x / tiles / p.parts, part = blockIdx.x / tiles % p.parts;
+  const int64_t first = int64_t{blockIdx.x % tiles} * kNarrowTile;
   const Factor right{call.right, true, 1, call.rank, 0};
   NarrowTask task{call.left,  call.left_row, p.aligned,
                   call.order, call.keep,     0,
@@ -83,8 +84,8 @@ void gradient(const GradientParams& call, void* workspace, cudaStream_t stream) 
     const Params p{call, fits, static_cast<int>(parts), out};
     const auto run = [&](auto ranks) {
       constexpr int kRanks = decltype(ranks)::value;
-      const dim3 grid(divide_up(call.width, kNarrowTile), call.adapters * parts,
-                      divide_up(call.rank, kRanks));
+      const int64_t tiles = divide_up(call.width, kNarrowTile);
+      const dim3 grid(tiles * call.adapters * parts, 1, divide_up(call.rank, kRanks));
       using Sum = NarrowSum<T, kRanks, true, true>;
       const ptx::LaunchShape shape{grid, Sum::kThreads, sizeof(typename Sum::Storage)};
       ptx::launch(gradient_kernel<T, kRanks>, shape, stream, p);

@@ -27,7 +27,8 @@ struct Params {
   bool aligned, paired;
   int64_t part_depth;
   float* out;    // (parts, rows, rank)
-  int* tickets;  // for each block of a part: how many parts are there; zeros before and after
+  int* tickets;  // for each block of a part: how many parts are there; zeros before and after, for
+                 // the stream's beam top-k counts with the same
 };
 
 // Positions [begin, end) have one adapter, -1 for none.
