@@ -10,6 +10,8 @@ what is returned.
 Done once instead of ``num_beams`` times: the prompt's forward pass (where the inputs allow it) and
 the read of the logits (:func:`flashkern.beam_topk`, where no logits processor changes more than a
 few of them). Cross-attention caches are not reordered at all: the beams of a prompt share them.
+On a CPU the model's larger linear layers read their weights once for all beams
+(:mod:`flashkern.integrations._few_rows`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from flashkern.beam import DEVICES
 from flashkern.integrations._beam_cache import BeamCache
 from flashkern.integrations._beam_record import Record, cache_name
 from flashkern.integrations._beam_sets import Beams, Search, join
+from flashkern.integrations._few_rows import few_rows
 from flashkern.integrations._penalties import Penalties, with_trie
 from flashkern.integrations._prefill import prefill
 
@@ -110,6 +113,14 @@ def beam_search(
     groups = _Groups(input_ids, config, trie, num_beams_per_prompt, stochastic)
     record = Record(model, config, model_kwargs)
     step = _Step(groups, record, logits_processor, stopping_criteria)
+    with few_rows(model):
+        return _search(model, input_ids, step, synced_gpus, model_kwargs)
+
+
+def _search(
+    model: Any, input_ids: Tensor, step: _Step, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> Any:
+    groups, record, config = step.groups, step.record, step.config
     outputs = prefill(model, input_ids, config, model_kwargs)
     late = step.may_end_late and not synced_gpus and input_ids.device.type in _LATE_DEVICES
     told: _Told | None = None
@@ -246,7 +257,7 @@ class _Step:
     def __init__(self, groups: _Groups, record: Record, processor: Any, criteria: Any) -> None:
         self.groups, self.record = groups, record
         self.processor, self.criteria = with_trie(processor, groups.searches), criteria
-        config = groups.searches[0].config
+        self.config = config = groups.searches[0].config
         self.penalties = Penalties(processor, groups.diversity)
         drawn = config.do_sample or groups.searches[0].running.log_probs is not None
         self.fused = Penalties.know(processor) and not (drawn or record.wants_scores)

@@ -1,0 +1,68 @@
+"""Linear layers while a model decodes: a few rows meet a weight that is read once, in place.
+
+A step of beam search gives each layer one row for every beam. Of so few rows a BLAS makes little:
+it packs the weight, or reads it again for each row. A LoRA linear without an adapter is a linear
+layer, and :func:`flashkern.lora_linear` reads the weight at the speed of memory.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from flashkern._ops import has_kernel, ops
+
+MOST_ROWS = 16
+LEAST_BYTES = 1 << 21  # of a weight: below, the call itself is what takes time
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FewRowsLinear(nn.Linear):
+    """A linear layer: flashkern for at most 16 rows without gradients, torch for others."""
+
+    _no_adapter: tuple[Tensor, Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if (
+            input.numel() > MOST_ROWS * self.in_features
+            or torch.is_grad_enabled()
+            or input.dtype is not self.weight.dtype
+            or torch.compiler.is_compiling()
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return super().forward(input)
+        a, b = self._no_adapter
+        none = None
+        return ops.lora_linear(input, self.weight, a, b, self.bias, none, none, 1.0, 0.0, none)[0]
+
+
+def _fits(module: nn.Module) -> TypeGuard[nn.Linear]:
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+        and weight.is_contiguous()
+        and weight.nbytes >= LEAST_BYTES
+        and (bias is None or bias.dtype is weight.dtype)
+    )
+
+
+@contextlib.contextmanager
+def few_rows(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model's larger linear layers on a CPU are :class:`FewRowsLinear`."""
+    layers = [m for m in model.modules() if _fits(m)] if has_kernel("lora_linear", "cpu") else []
+    for layer in layers:
+        weight = layer.weight.detach()
+        vars(layer)["_no_adapter"] = (weight[:0], weight[:, :0])
+        layer.__class__ = FewRowsLinear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
+            del vars(layer)["_no_adapter"]
