@@ -22,7 +22,8 @@ def _attention_facts(
 ) -> dict[str, Any]:
     batch, heads, rows, head_dim = query.shape
     shape = (batch, heads, key.shape[1], rows, keys, head_dim, value.shape[3])
-    plan = _host.attention_plan(*shape, query.element_size(), *band)
+    tiles = query.dtype == torch.bfloat16 and cpu_isa() == "amx_bf16"
+    plan = _host.attention_plan(*shape, query.element_size(), *band, tiles=tiles)
     if query.is_cuda or BACKEND:
         work = {name: plan[name] for name in ("rows", "flops", "backward_flops", "bytes")}
         plain = _is_plain(query, key, value, **options)

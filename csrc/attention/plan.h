@@ -16,8 +16,11 @@ namespace flashkern::attention {
 inline constexpr int64_t kKeyBlock = 128;
 
 // Up to this many query rows of a KV head (its heads times their queries) the kernel streams the
-// cache with dot products; above it, query rows fill the lanes of the matrix kernel.
-inline constexpr int64_t kDecodeRows = 8;
+// cache with dot products; above it, query rows fill the lanes of the matrix kernel, or its tiles,
+// which pay sooner.
+inline constexpr int64_t decode_rows(DType dtype, bool tiles) {
+  return tiles && dtype == DType::kBFloat16 ? 8 : 16;
+}
 
 // Rows of the matrix kernel's task, a multiple of 32, the widest panel: with 128, packed queries,
 // outputs and a block of keys and values fit half of an L2 of 512 KiB. Keys and values of 16 bits
@@ -54,14 +57,14 @@ inline int64_t decode_split_keys(int64_t head_dim, int64_t value_dim) {
   return std::clamp<int64_t>(keys / kKeyBlock * kKeyBlock, 2 * kKeyBlock, 8 * kKeyBlock);
 }
 
-inline SequencePlan plan_sequence(const Problem& p, const Sequence& s) {
+inline SequencePlan plan_sequence(const Problem& p, const Sequence& s, bool tiles) {
   SequencePlan plan;
   plan.rows = p.packed_rows() * s.q_length;
   if (plan.rows == 0) {
     plan.splits = 0;
     return plan;
   }
-  plan.decode = plan.rows <= kDecodeRows;
+  plan.decode = plan.rows <= decode_rows(p.dtype, tiles);
   const int64_t blocks = ceil_div(plan.rows, max_task_rows(p.dtype));
   plan.task_rows = plan.decode ? plan.rows : round_up(ceil_div(plan.rows, blocks), 32);
   plan.row_tasks = ceil_div(plan.rows, plan.task_rows);

@@ -11,7 +11,7 @@ using namespace flashkern::attention;
 
 py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q,
                         int64_t seq_k, int64_t head_dim, int64_t value_dim, int64_t element_bytes,
-                        int alignment, int64_t window_left, int64_t window_right) {
+                        int alignment, int64_t window_left, int64_t window_right, bool tiles) {
   Problem p;
   p.batch = batch;
   p.heads = heads;
@@ -24,7 +24,7 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
   p.alignment = static_cast<Alignment>(alignment);
   p.window_left = window_left;
   p.window_right = window_right;
-  const SequencePlan plan = plan_sequence(p, sequence_of(p, 0));
+  const SequencePlan plan = plan_sequence(p, sequence_of(p, 0), tiles);
   py::dict out;
   out["kernel"] = plan.decode ? "decode" : "matrix";
   out["rows"] = plan.rows;
@@ -33,7 +33,7 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
   out["split_keys"] = plan.split_keys;
   out["splits"] = plan.splits;
   out["tasks"] = batch * kv_heads * plan.tasks_per_head();
-  out["decode_rows"] = kDecodeRows;
+  out["decode_rows"] = decode_rows(p.dtype, tiles);
   out["flops"] = forward_flops(p);
   out["backward_flops"] = backward_flops(p);
   out["bytes"] = forward_bytes(p, element_bytes);
@@ -88,7 +88,7 @@ FK_HOST_BINDINGS(attention)(py::module_& m) {
   m.def("attention_plan", &attention_plan, py::arg("batch"), py::arg("heads"), py::arg("kv_heads"),
         py::arg("seq_q"), py::arg("seq_k"), py::arg("head_dim"), py::arg("value_dim"),
         py::arg("element_bytes"), py::arg("alignment") = 1, py::arg("window_left") = -1,
-        py::arg("window_right") = -1,
+        py::arg("window_right") = -1, py::arg("tiles") = false,
         "The kernel, the cut and the cost of an attention call on sequences of one length: a dict. "
         "`rows` are the query rows of a KV head, `decode_rows` how many the decode kernel takes.");
   m.def("attention_gpu_plan", &attention_gpu_plan, py::arg("batch"), py::arg("heads"),

@@ -188,7 +188,7 @@ class DecodeTask {
   int64_t rows_, query_row_, out_row_;
   int64_t end_ = 0;  // of the keys that the task sees
   float *queries_, *out_, *scores_, *spare_;
-  RowState<float> states_[kDecodeRows];
+  RowState<float> states_[decode_rows(DType::kFloat32, false)];
 };
 
 }  // namespace flashkern::FK_ISA::attention

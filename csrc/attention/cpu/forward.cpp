@@ -90,7 +90,7 @@ class Launch {
 
   SequenceTasks next(const ForwardParams& p, int64_t b) {
     const Sequence sequence = sequence_of(p, b);
-    SequenceTasks s{&p, sequence, plan_sequence(p, sequence), tasks_};
+    SequenceTasks s{&p, sequence, plan_sequence(p, sequence, kMultipliesTiles), tasks_};
     s.first_group = groups_;
     tasks_ += p.kv_heads * s.plan.tasks_per_head();
     return s;
