@@ -191,8 +191,8 @@ class Block {
       online_softmax(scores[m], states, plan_.scale, factor);
       state(m, 0) = states[0], state(m, 1) = states[1];
       rescale(sums_[m], factor);
-      if (!kPlain && p_.dropout_p > 0) {
-        drop(scores[m], rows, first, p_, plan_.rule.threshold,
+      if (!kPlain && plan_.rule.drops) {
+        drop(scores[m], rows, first, p_, plan_.rule.below,
              static_cast<int>(shared_.work.sequence.batch));
       }
     }

@@ -72,14 +72,16 @@ struct SequenceCut {
 struct ScoreRule {
   float scale = 0, cap = 0;  // in units of log2; scale / softcap where there is one
   float keep = 1;            // the factor of what dropout keeps
-  uint64_t threshold = 0;    // of dropout
+  bool drops = false;
+  uint32_t below = 0;  // a random word up to here drops its probability
 
   ScoreRule() = default;
   explicit ScoreRule(const Problem& p)
       : scale(static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e)),
         cap(static_cast<float>(p.softcap * kLog2e)),
         keep(static_cast<float>(1 / (1 - p.dropout_p))),
-        threshold(dropout_threshold(p.dropout_p)) {}
+        drops(dropout_threshold(p.dropout_p) > 0),
+        below(static_cast<uint32_t>(dropout_threshold(p.dropout_p) - 1)) {}
 };
 
 struct ForwardPlan {
