@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Block<T, kDim, kForm>::kThreads, kForm == Form
   static_assert(sizeof(Shared) <= forward_shared_bytes(kForm, Shared::kRowBytes));
   auto& shared = ptx::shared_storage<Shared>();
   if (ptx::warp_id() == 0) {
-    const Work work = find_work<Shared::kRows, split_keys(kDim)>(p, plan);
+    const Work work = find_work<Shared::kRows>(p, plan);
     if (ptx::lane_id() == 0) shared.work = work;
   }
   __syncthreads();
