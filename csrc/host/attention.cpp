@@ -71,7 +71,8 @@ py::dict attention_gpu_plan(int64_t batch, int64_t heads, int64_t kv_heads, int6
   out["tile_keys"] = plan.tile_keys;
   out["shared_bytes"] = plan.shared_bytes;
   out["blocks"] = plan.blocks;
-  out["split_keys"] = plan.split_keys;
+  out["split_keys"] =
+      plan.split_keys.of(static_cast<int>(p.group() * seq_q), static_cast<int>(seq_k));
   out["splits"] = plan.splits;
   out["workspace_bytes"] = plan.workspace_floats * static_cast<int64_t>(sizeof(float));
   if (plan.joined) {

@@ -204,6 +204,25 @@ def test_a_row_has_the_same_bits_among_any_others(backend: str, options: dict[st
         assert torch.equal(rows.transpose(0, 1), alone[0])
 
 
+def test_a_step_has_the_same_bits_beside_longer_caches(backend: str) -> None:
+    """Shorter ones may have more splits than the longest; ragged ones lie in memory one by one."""
+    lengths = (8192, 9000, 130, 0, 4097)
+    query, key, value = draw((5, 2, 1, 1, 9000), 16, torch.bfloat16)
+    dense = fk.attention(query, key, value, kv_lengths=torch.tensor(lengths))
+    keys, values = (
+        torch.cat([t[b, :, :n] for b, n in enumerate(lengths)], 1).transpose(0, 1)
+        for t in (key, value)
+    )
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    rows = torch.arange(6, dtype=torch.int32)
+    ragged = fk.attention_varlen(query[:, :, 0], keys, values, rows, starts, 1, 9000)
+    assert torch.equal(ragged, dense[:, :, 0])
+    for b, n in enumerate(lengths):
+        tensors = [query[b : b + 1], key[b : b + 1, :, :n], value[b : b + 1, :, :n]]
+        assert torch.equal(fk.attention(*tensors), dense[b : b + 1])
+        check(tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (40, 72), (24, 136)])
 @pytest.mark.parametrize("rows", [1, 2])

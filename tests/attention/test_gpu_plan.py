@@ -34,9 +34,24 @@ def test_prefill_is_not_split() -> None:
 def test_decode_packs_the_group_and_splits_the_keys() -> None:
     cut = plan(1, 32, 8, 1, 16384, 128)
     assert cut["tile_rows"] == 16
-    assert cut["splits"] == 16384 // cut["split_keys"]
+    assert cut["splits"] == 16384 // cut["split_keys"] == 64
     assert cut["blocks"] == 8 * cut["splits"]
     assert cut["workspace_bytes"] == 8 * cut["splits"] * 4 * (128 + 4) * 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "split_keys", "splits"),
+    [(128, 128, 1), (129, 128, 2), (4096, 128, 32), (8192, 128, 64), (8193, 192, 64)]
+    + [(32768, 512, 64), (32769, 512, 65), (131072, 512, 256)],
+)
+def test_a_step_has_64_splits_where_they_have_keys_enough(
+    keys: int, split_keys: int, splits: int
+) -> None:
+    """There is room for 64 from 8192 keys on: lengths in device memory may be less than these."""
+    cut = plan(1, 16, 1, 1, keys, 128)
+    assert (cut["split_keys"], cut["splits"]) == (split_keys, splits)
+    chunk = plan(1, 17, 1, 1, keys, 128)
+    assert (chunk["split_keys"], chunk["splits"]) == (512, -(-keys // 512))
 
 
 def test_a_chunk_of_decoding_is_split_too() -> None:
@@ -57,17 +72,22 @@ def test_splits_depend_on_the_sequence_alone() -> None:
         assert plan(batch, 8, 8, 1, 4096, 64)["splits"] == plan(1, 8, 8, 1, 4096, 64)["splits"]
 
 
-def test_a_ragged_batch_has_room_for_both_kinds() -> None:
-    """Whole tiles of all packed rows and one more for each sequence; splits of all packed keys."""
+def test_a_ragged_batch_has_room_for_all_kinds() -> None:
+    """Whole tiles of all packed rows and one more for each sequence; splits of all packed keys.
+
+    In the workspace 512 keys are a part of 128 rows, or four of 16.
+    """
     cut = plan(30, 8, 8, 1000, 4096, 64, packed_q=1500, packed_k=9000)
-    assert cut["splits"] == 4096 // cut["split_keys"]
-    tiles, splits = 1500 // cut["tile_rows"] + 30, 9000 // cut["split_keys"] + 30
+    assert cut["splits"] == 4096 // 128
+    tiles, splits = 1500 // cut["tile_rows"] + 30, 9000 // 128 + 30
     assert cut["blocks"] == 8 * (tiles + splits)
-    assert cut["workspace_bytes"] == 8 * splits * 128 * (64 + 4) * 4
-    short = plan(30, 8, 8, 1000, 500, 64, packed_q=1500, packed_k=1500)
-    assert short["splits"] == 1 and short["blocks"] == 8 * tiles
-    even = plan(3, 8, 8, 1000, 500, 64, packed_q=3000, packed_k=1500)
-    assert even["blocks"] == 3 * 8 * -(-1000 // even["tile_rows"])
+    assert cut["workspace_bytes"] == 8 * (9000 // 512 + 30) * 128 * (64 + 4) * 4
+    step = plan(30, 8, 8, 1, 4096, 64, packed_q=30, packed_k=9000)
+    assert step["workspace_bytes"] == 8 * (9000 // 512 + 30) * 4 * (64 + 4) * 4
+    large = plan(30, 136, 8, 1000, 512, 64, packed_q=1500, packed_k=1500)
+    assert large["splits"] == 1 and large["blocks"] == 8 * (17 * 1500 // large["tile_rows"] + 30)
+    even = plan(3, 8, 8, 1000, 128, 64, packed_q=3000, packed_k=384)
+    assert even["splits"] == 1 and even["blocks"] == 3 * 8 * -(-1000 // even["tile_rows"])
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -267,20 +267,22 @@ class BackwardBlock {
     }
   }
 
-  // A bit for each score, in apply_full's order. A loop that stays rolled up: see drop in scores.h.
+  // A bit for each score that is kept, in apply_full's order. Four lanes have the keys of a
+  // counter: of four scores each draws for one. A loop that stays rolled up: see dropped in
+  // scores.h.
   FK_DEVICE uint32_t keep_mask(const Rows& tile, int row) const {
     static_assert(4 * kScoreM * kScoreN <= 32);
-    if (plan_.rule.threshold == 0) return ~0u;
-    const int first_key = begin_ + score_keys() + lane() / 4;
+    if (!plan_.rule.drops) return ~0u;
+    const uint32_t quad = static_cast<uint32_t>((begin_ + score_keys()) / 4 + lane() / 16);
     uint32_t mask = 0;
 #pragma unroll 1
-    for (int n = 0; n < 4 * kScoreM * kScoreN; ++n) {
-      const int c = n / (2 * kScoreM), k = n % (2 * kScoreM);
+    for (int first = 0; first < 4 * kScoreM * kScoreN; first += 4) {
+      const int n = first + lane() / 4 % 4, c = n / (2 * kScoreM), k = n % (2 * kScoreM);
       const int i = row + c / 2 * 8 + lane() % 4 * 2 + c % 2;
       const auto [query, head] = tile.start.after(i, group_);
-      const bool keep = kept(p_, plan_.rule.threshold, static_cast<int>(s_.batch),
-                             kv_head_ * group_.heads + head, query, first_key + 8 * k);
-      mask |= static_cast<uint32_t>(keep) << n;
+      const Philox4 own = philox(*p_.seed, quad + 2 * k, query, kv_head_ * group_.heads + head,
+                                 static_cast<uint32_t>(s_.batch));
+      mask |= kept_of_four(own, plan_.rule.below, lane()) << first;
     }
     return mask;
   }

@@ -70,11 +70,13 @@ FK_DEVICE float operand(const Tile<float, R, C>& tile, int row, int k) {
 }
 
 // float32: as three products of TF32 (products.h), 8 columns of B at a time; more than 64 columns
-// in two loops, for the factors of all of them would crowd the registers.
+// in two loops, for the factors of all of them would crowd the registers. Any order of k will do:
+// first those of an even number of bits, 0, 3, 5, 6, then their neighbours, so that a warp meets no
+// bank twice, in tiles by rows (their remainders by 4 differ) and by k (so do their halves).
 template <Stored kA, Stored kB, int M, int N, int RA, int CA, int RB, int CB>
 FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, int m,
                              const Tile<float, RB, CB>& b, int n, int length) {
-  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, even = 2 * t ^ t % 2 ^ t / 2;
   if constexpr (N > 8) {
     static_assert(M == 1);
     using Half = float[1][N / 2][4];
@@ -87,7 +89,7 @@ FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, 
     uint32_t high[M][4], low[M][4];
 #pragma unroll
     for (int i = 0; i < 4 * M; ++i) {
-      const float x = operand<kA>(a, m + i / 4 * 16 + g + i % 2 * 8, k + t + i % 4 / 2 * 4);
+      const float x = operand<kA>(a, m + i / 4 * 16 + g + i % 2 * 8, k + (even ^ i % 4 / 2));
       split_tf32(x, high[i / 4][i % 4], low[i / 4][i % 4]);
     }
 #pragma unroll
@@ -95,7 +97,7 @@ FK_DEVICE void multiply_tf32(float (&d)[M][N][4], const Tile<float, RA, CA>& a, 
       uint32_t b_high[1][2], b_low[1][2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float x = operand<kB>(b, n + 8 * j + g, k + t + 4 * i);
+        const float x = operand<kB>(b, n + 8 * j + g, k + (even ^ i));
         split_tf32(x, b_high[0][i], b_low[0][i]);
       }
 #pragma unroll

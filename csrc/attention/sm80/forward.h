@@ -191,8 +191,8 @@ class Block {
       online_softmax(scores[m], states, plan_.scale, factor);
       state(m, 0) = states[0], state(m, 1) = states[1];
       rescale(sums_[m], factor);
-      if (!kPlain && p_.dropout_p > 0) {
-        drop(scores[m], rows, first, p_, plan_.rule.threshold,
+      if (!kPlain && plan_.rule.drops) {
+        drop(scores[m], rows, first, p_, plan_.rule.below,
              static_cast<int>(shared_.work.sequence.batch));
       }
     }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Block<T, kDim, kForm>::kThreads, kForm == Form
   static_assert(sizeof(Shared) <= forward_shared_bytes(kForm, Shared::kRowBytes));
   auto& shared = ptx::shared_storage<Shared>();
   if (ptx::warp_id() == 0) {
-    const Work work = find_work<Shared::kRows, split_keys(kDim)>(p, plan);
+    const Work work = find_work<Shared::kRows>(p, plan);
     if (ptx::lane_id() == 0) shared.work = work;
   }
   __syncthreads();

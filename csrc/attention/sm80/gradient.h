@@ -54,6 +54,24 @@ struct Place {
   }
 };
 
+// What dropout keeps, bit n, of four draws: number n by the lane whose bits 2 and 3 are n. Lanes
+// that differ there alone exchange words, each for the key of the four that it has.
+FK_DEVICE uint32_t kept_of_four(Philox4 x, uint32_t below, int lane) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {  // a transposition: words 0 and 1, 2 and 3; 0 and 2, 1 and 3
+    const int bit = 1 + n / 2, low = n / 2 ? n % 2 : 2 * n, high = low + bit;
+    const bool upper = lane / 4 & bit;
+    const uint32_t other =
+        __shfl_xor_sync(ptx::kAllLanes, upper ? x.word[low] : x.word[high], 4 * bit);
+    x.word[low] = upper ? other : x.word[low];
+    x.word[high] = upper ? x.word[high] : other;
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) bits |= static_cast<uint32_t>(x.word[n] > below) << n;
+  return bits;
+}
+
 // A query row that meets scores which more than scale and mask make.
 struct FullRow {
   int query, head;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/mask.h"
 #include "attention/params.h"
 #include "attention/softmax.h"
 #include "dropout.h"
@@ -49,19 +50,51 @@ FK_HOST_DEVICE constexpr int form_rows(Form form, int row_bytes) {
 // of them together are a step too.
 inline constexpr int kSplitRows = 128;
 
-// Keys of one split: a multiple of every tile.
-FK_HOST_DEVICE constexpr int split_keys(int dim) { return dim > 128 ? 256 : 512; }
+FK_HOST_DEVICE constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+// Keys of a split: multiples of every tile, from `least` to `most`. Sequences of up to kFewRows
+// rows leave small parts, so they have kFewSplits wherever each gets `least` keys: with 8 KV heads
+// 4096 keys are 256 warps that have two tiles of 64 keys each. In splits of `most` they would be 64
+// warps, for half of the multiprocessors, of eight tiles each. Longer sequences fill a machine with
+// larger splits, which spare memory, the merge's time, and a graph's blocks for keys yet to come.
+inline constexpr int kFewRows = 16, kFewSplits = 64;
+
+struct SplitKeys {
+  int least = 0, most = 0;
+
+  FK_HOST_DEVICE int of(int rows, int keys) const {
+    if (rows > kFewRows) return most;
+    return static_cast<int>(clamped(64 * ceil_div(keys, 64 * kFewSplits), least, most));
+  }
+
+  // Splits of any sequence of `rows` rows (or more, up to kSplitRows) and up to `keys` keys.
+  // Shorter ones may have more than the longest, whose splits may be larger.
+  int most_splits(int64_t rows, int64_t keys) const {
+    const int count = static_cast<int>(keys);
+    int splits = rows <= kSplitRows ? ceil_div(count, most) : 1;
+    if (rows <= kFewRows) splits = std::max(splits, std::min(ceil_div(count, least), kFewSplits));
+    return std::max(splits, 1);
+  }
+};
+
+// `joined`: a prompt's keys, of which a part holds the rows of all its beams, and the beams' own.
+inline SplitKeys choose_split_keys(int dim, bool joined) {
+  const int most = dim > 128 ? 256 : 512;
+  return {joined ? most : 128, most};
+}
 
 // How one sequence uses the blocks of a KV head.
 struct SequenceCut {
-  int rows, tiles, splits = 1;
+  int rows, tiles, split_keys, splits = 1;
 
   // `rows`: of each of the beams that share the keys.
   FK_HOST_DEVICE SequenceCut(int64_t rows, int64_t beams, int64_t keys, int tile_rows,
-                             int split_keys)
-      : rows(static_cast<int>(rows * beams)), tiles((this->rows + tile_rows - 1) / tile_rows) {
+                             const SplitKeys& split)
+      : rows(static_cast<int>(rows * beams)),
+        tiles(ceil_div(this->rows, tile_rows)),
+        split_keys(split.of(static_cast<int>(rows), static_cast<int>(keys))) {
     if (rows <= kSplitRows && keys > split_keys) {
-      splits = (static_cast<int>(keys) + split_keys - 1) / split_keys;
+      splits = ceil_div(static_cast<int>(keys), split_keys);
     }
   }
 
@@ -72,14 +105,16 @@ struct SequenceCut {
 struct ScoreRule {
   float scale = 0, cap = 0;  // in units of log2; scale / softcap where there is one
   float keep = 1;            // the factor of what dropout keeps
-  uint64_t threshold = 0;    // of dropout
+  bool drops = false;
+  uint32_t below = 0;  // a random word up to here drops its probability
 
   ScoreRule() = default;
   explicit ScoreRule(const Problem& p)
       : scale(static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e)),
         cap(static_cast<float>(p.softcap * kLog2e)),
         keep(static_cast<float>(1 / (1 - p.dropout_p))),
-        threshold(dropout_threshold(p.dropout_p)) {}
+        drops(dropout_threshold(p.dropout_p) > 0),
+        below(static_cast<uint32_t>(dropout_threshold(p.dropout_p) - 1)) {}
 };
 
 struct ForwardPlan {
@@ -95,19 +130,20 @@ struct ForwardPlan {
   int most_blocks = 0;      // of any sequence, for one KV head
   int blocks_per_head = 0;  // of a sequence for one KV head; of a ragged batch, all its sequences
   int64_t blocks = 0;
-  int split_keys = 0;
+  SplitKeys split_keys;
   int splits = 1;           // at most, of any sequence
   bool parts_only = false;  // rows are never finished by a block: a merge follows
   bool joined = false;      // keys that beams share have been met by a launch before this one
-  int parts = 1;            // of a row in the workspace, at most
-  int split_rows = 0;       // rows of a part
-  int64_t head_parts = 0;   // of a KV head, of all its sequences
+  int split_rows = 0;       // of a sequence whose keys are split, at most
+  int64_t slot_rows = 0;    // of the workspace, and those of a KV head
+  int64_t head_rows = 0;
   int64_t workspace_floats = 0;
 
-  // Where the parts of a sequence start among those of a KV head. Those of a ragged batch have room
-  // for what its packed keys can be cut into: the longest of its sequences is no matter.
-  FK_HOST_DEVICE int64_t first_part(const Problem& p, int64_t batch, int64_t k_start) const {
-    return p.cu_seqlens_q == nullptr ? batch * parts : k_start / split_keys + batch;
+  // Where the rows of a sequence's parts start among those of a KV head. Those of a ragged batch
+  // have a slot for each split_keys.most of the packed keys: the longest of its sequences is no
+  // matter.
+  FK_HOST_DEVICE int64_t first_row(const Problem& p, int64_t batch, int64_t k_start) const {
+    return slot_rows * (p.cu_seqlens_q == nullptr ? batch : batch + k_start / split_keys.most);
   }
 };
 
@@ -138,26 +174,31 @@ inline Form choose_form(const Problem& p, const ForwardPlan& plan, int element_b
 }
 
 // Blocks of one KV head. A ragged batch gets room for all that its packed rows can need: so many
-// whole tiles and one more for each sequence; and the splits of those sequences that have few rows.
-// work.h says which block does what.
+// whole tiles and one more for each sequence; and the splits of those sequences that have few rows,
+// up to kFewRows (one tile) or up to split_rows. work.h says which block does what.
 inline int count_blocks(const Problem& p, ForwardPlan& plan) {
   const int64_t rows = p.group() * p.seq_q;
-  const SequenceCut whole(rows, p.row_beams, p.seq_k, plan.tile_rows, plan.split_keys);
+  const auto tiles = [&](int64_t rows) { return ceil_div(static_cast<int>(rows), plan.tile_rows); };
   if (p.cu_seqlens_q == nullptr) {
-    plan.splits = whole.splits;
-    return plan.most_blocks = whole.blocks();
+    plan.splits = plan.split_keys.most_splits(rows, p.seq_k);
+    return plan.most_blocks = tiles(rows * p.row_beams) * plan.splits;
   }
-  const SequenceCut few(plan.split_rows, 1, p.seq_k, plan.tile_rows, plan.split_keys);
-  plan.splits = few.splits;
-  plan.most_blocks = std::max(whole.tiles, few.blocks());
+  plan.splits = plan.split_keys.most_splits(p.group(), p.seq_k);
+  const int split = tiles(plan.split_rows), few = std::min(split, 1);
+  plan.most_blocks = std::max(
+      {tiles(rows), few * plan.splits, split * plan.split_keys.most_splits(kSplitRows, p.seq_k)});
   int64_t blocks = p.group() * p.packed_q / plan.tile_rows + p.batch;
-  if (few.splits > 1) blocks += few.tiles * (p.packed_k / plan.split_keys + p.batch);
+  if (plan.splits > 1) {
+    const auto [least, most] = plan.split_keys;
+    blocks += std::max(split, most / least) * p.packed_k / most + split * p.batch;
+  }
   return static_cast<int>(std::min(blocks, p.batch * plan.most_blocks));
 }
 
 // The keys of one problem, before its parts of the workspace are known.
-inline ForwardPlan plan_keys(const Problem& p) {
+inline ForwardPlan plan_keys(const Problem& p, bool joined) {
   ForwardPlan plan;
+  plan.parts_only = joined;
   const int64_t dim = std::max(p.head_dim, p.value_dim);
   plan.plain = plain_scores(p);
   plan.rule = ScoreRule(p);
@@ -172,7 +213,7 @@ inline ForwardPlan plan_keys(const Problem& p) {
   plan.tile_rows = form_rows(plan.form, row_bytes);
   plan.tile_keys = tile_keys(row_bytes);
   plan.shared_bytes = forward_shared_bytes(plan.form, row_bytes);
-  plan.split_keys = split_keys(plan.dim);
+  plan.split_keys = choose_split_keys(plan.dim, joined);
   plan.split_rows = static_cast<int>(std::min<int64_t>(p.group() * p.seq_q, kSplitRows));
   plan.blocks_per_head = count_blocks(p, plan);
   plan.blocks = p.kv_heads * plan.blocks_per_head * (p.cu_seqlens_q == nullptr ? p.batch : 1);
@@ -181,33 +222,37 @@ inline ForwardPlan plan_keys(const Problem& p) {
 
 // Parts of a row that are of keys which its beams share: the first of its parts.
 FK_HOST_DEVICE inline int shared_parts(const Problem& p, int64_t q_length, int64_t keys,
-                                       int split_keys) {
-  return SequenceCut(p.group() * q_length, p.beams, keys, 1, split_keys).splits;
+                                       const SplitKeys& split) {
+  return SequenceCut(p.group() * q_length, p.beams, keys, 1, split).splits;
 }
 
 inline ForwardPlan plan_forward(const ForwardParams& p) {
-  ForwardPlan plan = plan_keys(p);
-  plan.joined = p.shared.key.data != nullptr;
-  plan.parts = plan.splits;
-  if (plan.joined) {
-    plan.parts_only = true;
-    plan.parts += shared_parts(p, p.seq_q, p.shared_keys, plan.split_keys);
+  const bool joined = p.shared.key.data != nullptr;
+  ForwardPlan plan = plan_keys(p, joined);
+  plan.joined = joined;
+  int parts = plan.splits;
+  if (joined) {
     plan.split_rows = static_cast<int>(p.group() * p.seq_q);
+    parts += plan.split_keys.most_splits(plan.split_rows, p.shared_keys);
   }
-  if (plan.parts > 1) {
-    plan.head_parts = plan.first_part(p, p.batch, p.packed_k);
-    plan.workspace_floats = p.kv_heads * plan.head_parts * plan.split_rows * part_floats(p);
+  if (parts > 1) {
+    plan.slot_rows = parts * plan.split_rows;
+    if (p.cu_seqlens_q != nullptr) {
+      const int few = std::min(plan.split_rows, kFewRows);
+      plan.slot_rows =
+          std::max(plan.split_rows, few * (plan.split_keys.most / plan.split_keys.least));
+    }
+    plan.head_rows = plan.first_row(p, p.batch, p.packed_k);
+    plan.workspace_floats = p.kv_heads * plan.head_rows * part_floats(p);
   }
   return plan;
 }
 
 // The launch of the keys that beams share (shared_part), whose parts are those of `whole`.
 inline ForwardPlan plan_shared(const ForwardParams& shared, const ForwardPlan& whole) {
-  ForwardPlan plan = plan_keys(shared);
-  plan.parts_only = true;
-  plan.parts = whole.parts;
-  plan.head_parts = whole.head_parts;
-  plan.split_rows = whole.split_rows;
+  ForwardPlan plan = plan_keys(shared, true);
+  plan.slot_rows = whole.slot_rows;
+  plan.head_rows = whole.head_rows;
   return plan;
 }
 

@@ -50,11 +50,11 @@ FK_DEVICE void for_each_pair(const float (&sums)[N][4], int r, int value_dim, St
   }
 }
 
-// A part of one row; the next part of it lies split_rows rows further on.
-FK_DEVICE float* part_at(const ForwardParams& p, const ForwardPlan& plan, int64_t batch,
-                         int64_t k_start, int kv_head, int part, int row) {
-  const int64_t parts = kv_head * plan.head_parts + plan.first_part(p, batch, k_start) + part;
-  return p.workspace + (parts * plan.split_rows + row) * part_floats(p);
+// A part of one row; the next part of it lies as many rows further on as the sequence has.
+FK_DEVICE float* part_at(const ForwardParams& p, const ForwardPlan& plan, const Sequence& s,
+                         int64_t batch, int kv_head, int part, int row) {
+  const int64_t first = kv_head * plan.head_rows + plan.first_row(p, batch, s.k_start);
+  return p.workspace + (first + part * p.group() * s.q_length + row) * part_floats(p);
 }
 
 // That of row `index` of a block, which may be a row of a set of beams.
@@ -64,7 +64,7 @@ FK_DEVICE float* part_of(const ForwardParams& p, const ForwardPlan& plan, const 
     const int group = static_cast<int>(p.group());
     index = row.query * group + row.head % group;
   }
-  return part_at(p, plan, row.batch, s.k_start, kv_head, split, index);
+  return part_at(p, plan, s, row.batch, kv_head, split, index);
 }
 
 template <class T, int N>
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 8)
   if (row >= cut.rows || (cut.splits == 1 && !plan.joined)) return;
   int count = cut.splits;
   if (plan.joined) count += shared_parts(p, s.q_length, s.earlier, plan.split_keys);
-  const Parts parts{part_at(p, plan, s.batch, s.k_start, kv_head, 0, row),
-                    plan.split_rows * part_floats(p), count, static_cast<int>(p.value_dim)};
+  const Parts parts{part_at(p, plan, s, s.batch, kv_head, 0, row), cut.rows * part_floats(p), count,
+                    static_cast<int>(p.value_dim)};
 
   auto& shared = ptx::shared_storage<MergeStorage>();
   const RowState<float> state = state_of(parts);

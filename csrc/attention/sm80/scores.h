@@ -150,40 +150,39 @@ FK_DEVICE void online_softmax(float (&s)[N][4], RowState<float> (&states)[2], fl
   }
 }
 
-// Whether dropout keeps the probability of (query, head, key). Four keys share a counter.
-FK_DEVICE bool kept(const Problem& p, uint64_t threshold, int batch, int head, int query, int key) {
-  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(key / 4), query, head, batch);
-  const uint32_t low = key % 2 ? words.word[1] : words.word[0];
-  const uint32_t high = key % 2 ? words.word[3] : words.word[2];
-  return (key % 4 < 2 ? low : high) >= threshold;
-}
-
-// The same of `key`, which is even, and of its neighbour: two bits.
-FK_DEVICE uint32_t kept_pair(const Problem& p, uint64_t threshold, int batch, const Row& row,
-                             int key) {
-  const Philox4 words = philox(*p.seed, static_cast<uint32_t>(key / 4), row.query, row.head, batch);
-  const bool upper = key % 4 == 2;
-  const uint32_t first = upper ? words.word[2] : words.word[0];
-  const uint32_t second = upper ? words.word[3] : words.word[1];
-  return static_cast<uint32_t>(first >= threshold) | static_cast<uint32_t>(second >= threshold)
-                                                         << 1;
-}
-
-// Zeros what dropout removes; 1 / (1 - p) waits for the end. The random numbers are drawn in a loop
-// of its own that stays rolled up, into a bit for each score: they would crowd out the sums.
+// Which of the lane's scores dropout removes: bit 4 j + i. Two lanes share four keys, and so a
+// counter, in each of two rows: either draws for one row and hands half over. The loop stays rolled
+// up: random numbers of many keys side by side would crowd out the sums.
 template <int N>
-FK_DEVICE void drop(float (&s)[N][4], const Row* rows, int first, const Problem& p,
-                    uint64_t threshold, int batch) {
-  const int pair = first + static_cast<int>(ptx::lane_id()) % 4 * 2;
-  uint64_t mask = 0;
+FK_DEVICE uint32_t dropped(const Row* rows, int first, const Problem& p, uint32_t below,
+                           int batch) {
+  static_assert(4 * N <= 32);
+  const int t = static_cast<int>(ptx::lane_id()) % 4, odd = t % 2;
+  const Row& row = rows[8 * odd];
+  const uint32_t quad = static_cast<uint32_t>(first / 4 + t / 2);
+  uint32_t bits = 0;
 #pragma unroll 1
-  for (int i = 0; i < 2 * N; ++i) {
-    const uint64_t bits = kept_pair(p, threshold, batch, rows[i % 2 * 8], pair + i / 2 * 8);
-    mask |= bits << 2 * i;
+  for (int j = 0; j < N; ++j) {
+    const Philox4 own = philox(*p.seed, quad + 2 * j, row.query, row.head, batch);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t other =
+          __shfl_xor_sync(ptx::kAllLanes, odd ? own.word[i] : own.word[2 + i], 1);
+      bits |= static_cast<uint32_t>((odd ? other : own.word[i]) <= below) << (4 * j + i);
+      bits |= static_cast<uint32_t>((odd ? own.word[2 + i] : other) <= below) << (4 * j + 2 + i);
+    }
   }
+  return bits;
+}
+
+// Zeros what dropout removes; 1 / (1 - p) waits for the end.
+template <int N>
+FK_DEVICE void drop(float (&s)[N][4], const Row* rows, int first, const Problem& p, uint32_t below,
+                    int batch) {
+  const uint32_t bits = dropped<N>(rows, first, p, below, batch);
 #pragma unroll
   for (int i = 0; i < 4 * N; ++i) {
-    if ((mask >> i & 1) == 0) s[i / 4][i % 4] = 0.0f;
+    if (bits >> i & 1) s[i / 4][i % 4] = 0.0f;
   }
 }
 

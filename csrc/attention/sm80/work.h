@@ -32,8 +32,9 @@ struct Place {
   int batch, item;
 };
 
-FK_DEVICE SequenceCut cut_of(const Problem& p, const Sequence& s, int tile_rows, int split_keys) {
-  return SequenceCut(p.group() * s.q_length, p.row_beams, s.k_length, tile_rows, split_keys);
+FK_DEVICE SequenceCut cut_of(const Problem& p, const Sequence& s, int tile_rows,
+                             const SplitKeys& split) {
+  return SequenceCut(p.group() * s.q_length, p.row_beams, s.k_length, tile_rows, split);
 }
 
 // By a whole warp, a sequence for each lane, whose blocks it counts once where the batch is no more
@@ -41,8 +42,8 @@ FK_DEVICE SequenceCut cut_of(const Problem& p, const Sequence& s, int tile_rows,
 // their sequences.
 class RaggedOrder {
  public:
-  FK_DEVICE RaggedOrder(const Problem& p, int tile_rows, int split_keys)
-      : p_(p), tile_rows_(tile_rows), split_keys_(split_keys) {
+  FK_DEVICE RaggedOrder(const Problem& p, int tile_rows, const SplitKeys& split)
+      : p_(p), tile_rows_(tile_rows), split_(split) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) kept_[i] = 32 * i < p.batch ? items_of(32 * i) : 0;
   }
@@ -68,7 +69,7 @@ class RaggedOrder {
   // Of sequence first + lane.
   FK_DEVICE int items_of(int first) const {
     const int b = first + static_cast<int>(ptx::lane_id());
-    return b < p_.batch ? cut_of(p_, sequence_of(p_, b), tile_rows_, split_keys_).blocks() : 0;
+    return b < p_.batch ? cut_of(p_, sequence_of(p_, b), tile_rows_, split_).blocks() : 0;
   }
 
   // Blocks whose item is at least `item`.
@@ -88,12 +89,13 @@ class RaggedOrder {
   }
 
   const Problem& p_;
-  int tile_rows_, split_keys_;
+  int tile_rows_;
+  const SplitKeys& split_;
   int kept_[kKept];
 };
 
 // By a whole warp.
-template <int kTileRows, int kSplitKeys>
+template <int kTileRows>
 FK_DEVICE Work find_work(const Problem& p, const ForwardPlan& plan) {
   Work w = {};
   const bool ragged = p.cu_seqlens_q != nullptr;
@@ -101,12 +103,12 @@ FK_DEVICE Work find_work(const Problem& p, const ForwardPlan& plan) {
   Place place{head / static_cast<int>(p.kv_heads),
               static_cast<int>(blockIdx.x) % plan.blocks_per_head};
   if (ragged) {
-    place = RaggedOrder(p, kTileRows, kSplitKeys).find(place.item, plan.most_blocks);
+    place = RaggedOrder(p, kTileRows, plan.split_keys).find(place.item, plan.most_blocks);
     if (place.batch < 0) return w;
   }
   w.kv_head = ragged ? head : head % static_cast<int>(p.kv_heads);
   w.sequence = sequence_of(p, place.batch);
-  const SequenceCut cut = cut_of(p, w.sequence, kTileRows, kSplitKeys);
+  const SequenceCut cut = cut_of(p, w.sequence, kTileRows, plan.split_keys);
   if (place.item >= cut.blocks()) return w;
   const int packed = static_cast<int>(p.packed_rows());
   const int tile = place.item % cut.tiles;
@@ -119,10 +121,12 @@ FK_DEVICE Work find_work(const Problem& p, const ForwardPlan& plan) {
   w.key_begin = static_cast<int>(keys.begin);
   w.key_end = static_cast<int>(keys.end);
   if (cut.splits > 1) {
-    w.key_begin = max(w.key_begin, w.split * kSplitKeys);
-    w.key_end = min(w.key_end, (w.split + 1) * kSplitKeys);
+    w.key_begin = max(w.key_begin, w.split * cut.split_keys);
+    w.key_end = min(w.key_end, (w.split + 1) * cut.split_keys);
   }
-  if (plan.joined) w.split += shared_parts(p, w.sequence.q_length, w.sequence.earlier, kSplitKeys);
+  if (plan.joined) {
+    w.split += shared_parts(p, w.sequence.q_length, w.sequence.earlier, plan.split_keys);
+  }
   return w;
 }
 
