@@ -6,6 +6,7 @@ layer, and :func:`flashkern.lora_linear` reads the weight at the speed of memory
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -19,10 +20,14 @@ LEAST_BYTES = 1 << 21  # of a weight: below, the call itself is what takes time
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
+def _no_adapter(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    a = torch.empty(0, inputs, dtype=dtype, device="cpu")
+    return a, torch.empty(outputs, 0, dtype=dtype, device="cpu")
+
+
 class FewRowsLinear(nn.Linear):
     """A linear layer: flashkern for at most 16 rows without gradients, torch for others."""
-
-    _no_adapter: tuple[Tensor, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         if (
@@ -32,8 +37,8 @@ class FewRowsLinear(nn.Linear):
             or torch.compiler.is_compiling()
             or torch._C._is_any_autocast_enabled()
         ):
-            return super().forward(input)
-        a, b = self._no_adapter
+            return nn.functional.linear(input, self.weight, self.bias)
+        a, b = _no_adapter(self.in_features, self.out_features, input.dtype)
         none = None
         return ops.lora_linear(input, self.weight, a, b, self.bias, none, none, 1.0, 0.0, none)[0]
 
@@ -57,12 +62,9 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     """While it lasts, the model's larger linear layers on a CPU are :class:`FewRowsLinear`."""
     layers = [m for m in model.modules() if _fits(m)] if has_kernel("lora_linear", "cpu") else []
     for layer in layers:
-        weight = layer.weight.detach()
-        vars(layer)["_no_adapter"] = (weight[:0], weight[:, :0])
         layer.__class__ = FewRowsLinear
     try:
         yield
     finally:
         for layer in layers:
             layer.__class__ = nn.Linear
-            del vars(layer)["_no_adapter"]

@@ -55,7 +55,6 @@ def test_which_layers_and_until_when() -> None:
         assert type(model["plain"]) is FewRowsLinear
         raise KeyError
     assert {n: type(m) for n, m in model.items()} == before
-    assert "_no_adapter" not in vars(model["plain"])
 
 
 def test_gradients_and_autocast_are_torchs() -> None:
