@@ -130,8 +130,6 @@ def _machine(run: Run) -> str:
 
 
 def _bars(run: Run) -> str:
-    if not any(roof.gpu for roof in run.roofs.values()):
-        return ""
     rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in bars.lines(run))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f"<h2>Bars</h2><div class=scroll><table>{_head(bars.COLUMNS)}{body}</table></div>"
