@@ -17,7 +17,7 @@ UNREAD = "the address of what is not read"
 MISSED = "decides for rows that no block meets, since they see no keys"
 LOWER = "a lower threshold: more chunks are read, the same k are best"
 
-# (path's end, what was done, the line that it was done in): two patterns. The reason.
+# (path's end or folder, what was done, the line that it was done in): two patterns. The reason.
 EXPLAINED = (
     ("attention/sm80/append.cu", r"- 1", r"kWarps - 1", MORE),
     ("attention/sm80/append.cu", r"if \(false\)", r"bits %", SLOWER),
@@ -90,6 +90,7 @@ EXPLAINED = (
         "other room to spare",
     ),
     ("beam/sm80/tickets.h", r"", r"kMostStreams|MemoryAllocation", "tests/emulator sees it"),
+    ("beam/sm80/tickets.h", r"if \(false\)", r"own\.count < count", "tests/emulator sees it"),
     ("beam/sm80/tickets.h", r"if \(false\)", r"CaptureStatusNone", "a GPU alone captures graphs"),
     ("lora/sm80/common.h", r"< is <=", r"left < most", EXACT),
     ("lora/sm80/common.h", r"\? :", r"int turn =", "chunks lie in other banks"),
@@ -128,6 +129,28 @@ EXPLAINED = (
     ("lora/sm80/product.cu", r"no ptx", r"copy_wait_all", "the last groups of copies are empty"),
     ("lora/sm80/product.cu", r"if \(false\)", r"out_aligned|step < whole", SLOWER),
     ("lora/sm80/product_float.cu", r"if \(false\)", r"order\.empty", MORE),
+    ("attention/sm80/backward.h", r"if \(false\)", r"rows\.empty", MORE),
+    ("attention/sm80/backward.h", r"", r"i < tile\.rows && lse", "zeros either way"),
+    ("attention/sm80/backward_rows.h", r"> is >=", r"blocks > 0", "nobody calls it so"),
+    ("attention/sm80/forward.h", r"if \(false\)", r"plan_\.aligned", SLOWER),
+    ("attention/sm80/gradient.h", r"> is >=", r"x > 1 \?", EXACT),
+    ("attention/sm80/results.h", r"min", r"min\(warp \* share", "an empty share either way"),
+    ("attention/sm80/results.h", r"> is >=", r"row_beams > 1", "the same row, computed anew"),
+    ("attention/sm80/results.h", r"< is <=", r"first < end; first", MORE),
+    ("attention/sm80/tile.h", r"\+ 31", r"found\[", CONSTANT),
+    ("lora/sm80/decode.cu", r"> is >=", r"begin > 0", MORE),
+    ("lora/sm80/decode.cu", r"\+ 1", r"^float b\[", CONSTANT),
+    ("lora/sm80/narrow.h", r"\? :", r"second = both", UNREAD),
+    ("lora/sm80/narrow.h", r"no __syncthreads", r"whoever used", "a block runs one sum"),
+    ("lora/sm80/narrow.h", r"if \(false\)", r"task\.paired", SLOWER),
+    ("lora/sm80/product.cu", r"\? :", r"rank > 16 \? kDepth", "adds zeros"),
+    ("lora/sm80/product.cu", r"if \(false\)", r"_paired|depth == 0", SLOWER),
+    ("lora/sm80/product_float.cu", r"if \(false\)", r"if \(aligned\)", SLOWER),
+    ("lora/sm80/product_tile.h", r"\? :", r"kBase \? kStages", CONSTANT),
+    ("lora/sm80/shrink.cu", r"< is <=", r"before < order", "starts[count] is the end of all rows"),
+    ("lora/sm80/shrink.cu", r"", r"begin >= segment\.end", MORE),
+    ("lora/sm80/shrink.cu", r"\? :", r"int64_t several", MORE),
+    ("lora/sm80/", r"\? :", r"pairs_lie_together", SLOWER),
     ("", r"<= is <|- 1", r"\bbelow\)|threshold\S* - 1", "one random word in 2^32 differs"),
     ("", r"one less|\? :", r"__launch_bounds__|copy_wait<k\w+ - \d>|at\[kAlong", CONSTANT),
     ("attention/sm80/backward.h", r"", r"kMostColumns", CONSTANT),
@@ -138,7 +161,7 @@ EXPLAINED = (
 
 def reason(fault: Fault) -> str:
     for path, what, text, why in EXPLAINED:
-        same = fault.path.endswith(path)
+        same = fault.path.endswith(path) or (path.endswith("/") and fault.path.startswith(path))
         if same and re.search(what, fault.what) and re.search(text, fault.text):
             return why
     return ""
