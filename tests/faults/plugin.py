@@ -47,7 +47,7 @@ class FirstFailure:
 
         The first test of a process also pays for what torch imports late: some seconds more.
         """
-        signal.setitimer(signal.ITIMER_PROF, 6 + 10 * self.usual.get(nodeid, 3.0))
+        signal.setitimer(signal.ITIMER_PROF, 6 + 10 * self.usual.get(nodeid, 30.0))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.failed:
