@@ -127,3 +127,17 @@ def test_plan() -> None:
         _host.beam_topk_gpu_plan(1, 2**30 + 1, 3, 1, True, processors=132)
     with pytest.raises(ValueError, match="k must be at most 2\\^30"):
         _host.beam_topk_gpu_plan(1, 2, 2**30, 2**30 + 1, True, processors=132)
+
+
+def test_the_last_of_many_spans(backend: str) -> None:
+    """Spans are ranked by fours: the last four of 1025 are one."""
+    logits, scores = torch.randn(1, 1025, 8), torch.zeros(1, 1025)
+    scores[0, -1] = 10
+    assert same_choice(logits, scores, 3).parents.eq(1024).all()
+
+
+def test_the_first_span_of_every_beam(backend: str) -> None:
+    """Where a beam has more spans than a warp has lanes, its end is the next one's start."""
+    logits = torch.randn(1, 3, 2048 * 33 + 5)
+    logits[0, :, 7] = 40
+    assert same_choice(logits, torch.zeros(1, 3), 3).tokens.eq(7).all()

@@ -190,3 +190,22 @@ def test_nan_stays_in_its_row_and_column(
     grad[6] = torch.nan
     dx = forward_and_backward(x, weight, a, b, ids, grad)[2]
     assert dx[6].isnan().all() and dx.isnan().sum() == dx.shape[1]
+
+
+@pytest.mark.parametrize("dtype,width", [(torch.float32, 211), (torch.bfloat16, 413)])
+def test_many_steps_of_rows_that_are_not_aligned(
+    backend: str, dtype: torch.dtype, width: int
+) -> None:
+    """Such rows are not copied behind the multiplication's back: nothing may reach its tile."""
+    x, weight = torch.randn(100, width).to(dtype), (torch.randn(40, width) / 20).to(dtype)
+    a, b = torch.randn(16, width) / 20, torch.randn(40, 16)
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    y = fk.lora_linear(leaves[0], weight, leaves[1], leaves[2])
+    y.sum().backward()
+    exact = [t.double().requires_grad_() for t in (x, a, b)]
+    expected = reference.lora_linear(exact[0], weight.double(), exact[1], exact[2])
+    expected.sum().backward()
+    eps = torch.finfo(dtype).eps
+    pairs = [(y, expected), *[(g.grad, e.grad) for g, e in zip(leaves, exact, strict=True)]]
+    for got, want in pairs:
+        assert (got.double() - want).norm() <= 8 * eps * want.norm()

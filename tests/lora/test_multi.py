@@ -119,3 +119,15 @@ def test_an_id_out_of_range_is_refused(isa: str) -> None:
         ids[5] = bad
         with pytest.raises(RuntimeError, match=rf"adapter_ids must lie in \[-1, 2\), got {bad}"):
             fk.lora_linear_multi(x, weight, a, b, ids)
+
+
+@pytest.mark.parametrize("rows", [64, 65, 129])
+def test_an_adapter_begins_beside_a_tiles_start(backend: str, base: str, rows: int) -> None:
+    """Tiles have 64 rows: the second adapter's first row is a tile's first or second."""
+    x, weight, a, b, _ = make(rows + 70, 2)
+    ids = torch.arange(rows + 70).ge(rows).long()
+    y = fk.lora_linear_multi(x, weight, a, b, ids)
+    expected = reference.lora_linear_multi(
+        *(t.double() for t in (x, weight, a, b)), ids, scaling=torch.ones(2).double()
+    )
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
