@@ -130,10 +130,10 @@ def test_plan() -> None:
 
 
 def test_the_last_of_many_spans(backend: str) -> None:
-    """Spans are ranked by fours: the last four of 1025 are one."""
-    logits, scores = torch.randn(1, 1025, 8), torch.zeros(1, 1025)
+    """Spans are ranked by fours: the last four of 2049 are one."""
+    logits, scores = torch.randn(1, 2049, 8), torch.zeros(1, 2049)
     scores[0, -1] = 10
-    assert same_choice(logits, scores, 3).parents.eq(1024).all()
+    assert same_choice(logits, scores, 3).parents.eq(2048).all()
 
 
 def test_the_first_span_of_every_beam(backend: str) -> None:
