@@ -49,6 +49,7 @@ EXPLAINED = (
     ("attention/sm80/scores.h", r"> is >=", r"> 0x1p24f", EXACT),
     ("attention/sm80/tile.h", r"if \(false\)", r"if \(aligned\)", SLOWER),
     ("attention/sm80/tile.h", r"", r"= row < left", UNREAD),
+    ("attention/sm80/tile.h", r"\? :", r"from = there \?", UNREAD),
     ("attention/sm80/work.h", r"< is <=", r"(first|32 \* i) < p_?\.batch", MORE),
     ("attention/sm80/work.h", r"- 1", r"w\.row_end - 1", MORE),
     ("attention/sm80/work.h", r"\? :", r"cut\.tiles - 1 - tile", "another order of blocks"),
