@@ -62,7 +62,7 @@ def refusal() -> str | None:
 
 
 def arch() -> str:
-    """The compute capability to build for: "80"; "90a", whose own instructions the kernels use."""
+    """The compute capability to build for: "80"; "90a", whose own instructions may follow."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -72,6 +72,8 @@ def arch() -> str:
 def build() -> None:
     """The library in flashkern/: the CUDA kernels for this GPU, and the portable CPU kernels."""
     start = time.perf_counter()
+    # The environment of `make` may use the same folder: it builds anew when it is next asked.
+    (ROOT / ".venv" / "built.stamp").unlink(missing_ok=True)
     generator = ["-G", "Ninja"] if find("ninja") else ["-G", "Unix Makefiles"]
     log = ROOT / "build.log"
     configure = [find("cmake"), *generator, "-S", ROOT, "-B", BUILD, "-DFLASHKERN_CUDA=1",
